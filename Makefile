@@ -1,0 +1,36 @@
+# make demo · make test · make lint        (PYTHON=python3.12 make demo picks another Python)
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.installed
+BASE := results/base_model
+FINETUNED := results/checkpoints/finetuned_model
+
+.PHONY: demo test lint clean
+
+demo: $(READY)
+	$(BIN)/python prepare_data.py --model-name $(BASE)
+	$(BIN)/python finetune_generative.py --learning-rate 1e-3 --epochs 6
+	$(BIN)/python generate_text.py
+	@echo
+	@echo "Worth opening:"
+	@echo "  $(FINETUNED)/comparison.md    base and fine-tuned model on the same prompts"
+	@echo "  $(FINETUNED)/loss_curve.png   how the held-out loss fell"
+	@echo "  $(FINETUNED)/all_results.json the numbers"
+	@echo "  results/data/book.txt         the book itself"
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# The mark is written last: an installation that was cut off is done again.
+$(READY): requirements.txt
+	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed')"
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $(READY)
+
+clean:
+	rm -rf .venv results/data/blocks results/checkpoints

@@ -1,0 +1,281 @@
+"""Stage 1: turn book.txt into block-sized token tensors.
+
+    book -> passages for training and validation -> tokens -> blocks of --block-size tokens
+
+Reads the book, sets whole passages aside for validation, tokenizes, and writes a folder that
+finetune_generative.py opens. notes/01_dataset_prep.md explains every step.
+"""
+
+import math
+from pathlib import Path
+
+from utils.cli import Parser, UserError, print_table, real_number, run, text_encoding, warn, whole_number
+
+MAX_BLOCK = 1024
+DEFAULT_BATCH = 8
+# Fewer training tokens than this are learned by heart before the style is learned.
+SMALL_BOOK_TOKENS = 20_000
+
+
+def parse_args(argv=None):
+    parser = Parser(
+        "Turn a book into block-sized token tensors for finetune_generative.py.",
+        epilog="next: python finetune_generative.py",
+    )
+    text = parser.add_argument_group("text")
+    text.add_argument(
+        "--input-path",
+        nargs="+",
+        type=Path,
+        metavar="FILE",
+        default=["results/data/book.txt"],
+        help="text files, or folders of .txt and .md files, in this order",
+    )
+    text.add_argument("--encoding", type=text_encoding, default="utf-8", help="text encoding of the files")
+    text.add_argument(
+        "--val-split",
+        type=real_number(0, 1, below=True),
+        default=0.1,
+        help="share of the text kept aside as validation passages, 0 up to below 1",
+    )
+    text.add_argument(
+        "--val-path",
+        nargs="+",
+        type=Path,
+        metavar="FILE",
+        help="keep these whole files aside instead (they may also lie in --input-path)",
+    )
+    tokens = parser.add_argument_group("tokens")
+    tokens.add_argument(
+        "--model-name",
+        default="gpt2",
+        help="model to prepare for, a hub name or a folder; gives tokenizer and position limit",
+    )
+    tokens.add_argument(
+        "--train-tokenizer",
+        type=whole_number(257, 1_000_000),
+        metavar="N",
+        help="learn a byte-level BPE tokenizer of N tokens from the training text instead",
+    )
+    tokens.add_argument("--block-size", type=whole_number(2, MAX_BLOCK), default=128, help="tokens a block")
+    output = parser.add_argument_group("output")
+    output.add_argument("--output-dir", type=Path, default=Path("results/data/blocks"), help="folder to write")
+    output.add_argument("--overwrite", action="store_true", help="replace what --output-dir holds")
+    output.add_argument(
+        "--seed", type=whole_number(0, 2**32 - 1), default=42, help="chooses the places of the passages"
+    )
+    args = parser.parse_args(argv)
+    args.input_path = [Path(path) for path in args.input_path]
+    return args  # fmt: skip
+
+
+def read_books(args):
+    """Measure every file once: what it holds and its sha256, held-out files last."""
+    from utils.book import find_books, read_book
+
+    held_out = find_books(args.val_path or [])
+    apart = {path.resolve() for path in held_out}
+    training = [path for path in find_books(args.input_path) if path.resolve() not in apart]
+    if not training:
+        raise UserError("--val-path holds every file of --input-path; none is left for training")
+    return [read_book(path, args.encoding)[1] for path in training + held_out], len(held_out)
+
+
+def passages(args, books, n_held_out):
+    """Yield the passages of all books, read again one at a time so that memory stays bounded."""
+    from utils.book import Passage, plan_validation, read_book, split_book
+
+    n_chars = sum(book.n_chars for book in books)
+    intervals = [] if n_held_out else plan_validation(n_chars, args.val_split, args.seed)
+    offset = 0
+    for index, book in enumerate(books):
+        text, again = read_book(book.path, args.encoding)
+        if again.sha256 != book.sha256:
+            raise UserError(f"{book.path} changed while it was read; try again")
+        if index >= len(books) - n_held_out:
+            yield Passage("validation", index, 0, len(text), True, text)
+        else:
+            yield from split_book(text, index, offset, intervals)
+        offset += book.n_chars
+
+
+def tokenizer_of_model(args):
+    """Load the tokenizer of --model-name and check that the blocks will fit its model."""
+    from utils.hub import locate_model, position_limit, read_config
+    from utils.tokens import load_tokenizer
+
+    folder = locate_model(args.model_name, "tokenizer")
+    tokenizer = load_tokenizer(folder)
+    if (folder / "config.json").is_file():
+        config = read_config(folder)
+        limit, vocab_size = position_limit(config), config.get("vocab_size")
+        if limit and args.block_size > limit:
+            raise UserError(f"--block-size {args.block_size} is more than the model's {limit} positions")
+        if isinstance(vocab_size, int) and len(tokenizer) > vocab_size:
+            raise UserError(f"tokenizer has {len(tokenizer)} ids, the model {vocab_size}")
+    return tokenizer
+
+
+def write_blocks(args, books, n_held_out, tokenizer, folder):
+    """Tokenize every passage, write the blocks, and return what the manifest says of them."""
+    from tqdm import tqdm
+
+    from utils.data import measure_overlap, save_blocks
+    from utils.tokens import TokenWriter
+
+    writer = TokenWriter(folder, tokenizer, len(books))
+    total = sum(book.n_chars for book in books)
+    with tqdm(total=total, unit="char", unit_scale=True, desc="tokenizing", delay=1) as bar:
+        for passage in passages(args, books, n_held_out):
+            writer.write(passage)
+            bar.update(len(passage.text))
+    tokens = writer.open_tokens()
+    check_block_counts(args, {split: len(ids) for split, ids in tokens.items()}, bool(n_held_out))
+    save_blocks(tokens, args.block_size, folder)
+    overlap = measure_overlap(tokens["train"], tokens["validation"])
+    del tokens
+    for path in writer.paths.values():
+        path.unlink(missing_ok=True)
+    splits = {}
+    for split in writer.paths:
+        spans = [span for span in writer.spans if span["split"] == split]
+        n_tokens = writer.n_tokens[split]
+        splits[split] = {
+            "passages": len(spans),
+            "chars": sum(span["chars"][1] - span["chars"][0] for span in spans),
+            "bytes": sum(span["bytes"] for span in spans),
+            "tokens": n_tokens,
+            "blocks": n_tokens // args.block_size,
+            "tail_tokens": n_tokens % args.block_size,
+        }
+    return splits, overlap, writer.spans
+
+
+def check_block_counts(args, n_tokens, has_val_path):
+    total = sum(n_tokens.values())
+    if total < args.block_size:
+        tokens = "1 token" if total == 1 else f"{total} tokens"
+        raise UserError(
+            f"{args.input_path[0]} gives {tokens}; one block needs {args.block_size} - "
+            "use a longer text or a smaller --block-size"
+        )
+    blocks = total // args.block_size
+    wants_validation = args.val_split > 0 or has_val_path
+    for split, wanted in (("train", True), ("validation", wants_validation)):
+        if wanted and n_tokens[split] < args.block_size:
+            part = "training" if split == "train" else "validation"
+            raise UserError(
+                f"the text gives {blocks} blocks; --val-split {args.val_split:g} of them leaves none for {part}; "
+                "change --val-split or use a smaller --block-size"
+            )
+
+
+def settings_of(args, books, n_held_out):
+    """Everything that shapes the result: equal settings give an equal folder."""
+    return {
+        "block_size": args.block_size,
+        "val_split": None if n_held_out else args.val_split,
+        "held_out_books": n_held_out,
+        "encoding": args.encoding,
+        "seed": args.seed,
+        "model_name": None if args.train_tokenizer else args.model_name,
+        "train_tokenizer": args.train_tokenizer,
+        "books": [book.sha256 for book in books],
+    }
+
+
+def is_up_to_date(args, settings, manifest):
+    """Compare with a folder made before; other settings are refused by name unless --overwrite."""
+    from utils.files import verify_files
+
+    before = manifest.get("settings", {})
+    changed = [name for name, value in settings.items() if before.get(name) != value]
+    if not changed:
+        return verify_files(args.output_dir, manifest["files"]) is None
+    if not args.overwrite:
+        flag = "other text" if changed[0] == "books" else f"--{changed[0].replace('_', '-')} {before.get(changed[0])}"
+        now = "" if changed[0] == "books" else f", now {settings[changed[0]]}"
+        raise UserError(f"output-dir: {args.output_dir} was prepared with {flag}{now}; use another or --overwrite")
+    return False
+
+
+def print_summary(args, manifest, n_words):
+    train, validation = manifest["splits"]["train"], manifest["splits"]["validation"]
+    tokens = train["tokens"] + validation["tokens"]
+    bytes_per_token = (train["bytes"] + validation["bytes"]) / tokens
+    overlap = manifest["overlap"]
+
+    def part(counts):
+        return (
+            f"{counts['passages']} passages, {counts['tokens']:,} tokens -> {counts['blocks']:,} blocks "
+            f"of {args.block_size} (tail of {counts['tail_tokens']} tokens left out)"
+        )
+
+    print_table(f"prepared {args.output_dir}", [
+        ("text", f"{train['chars'] + validation['chars']:,} characters, {n_words:,} words"),
+        ("tokens", f"{tokens:,}, {bytes_per_token:.2f} bytes a token"),
+        ("training", part(train)),
+        ("validation", part(validation)),
+        ("repeats itself", f"{overlap['repeated_share']:.2%} of the training text's 32-token runs stood before"),
+        ("leaks", f"{overlap['leaked_runs']:,} of {overlap['validation_runs']:,} 32-token runs of validation "
+                  "also stand in training"),
+        ("steps an epoch", f"{math.ceil(train['blocks'] / DEFAULT_BATCH):,} at the default batch of {DEFAULT_BATCH}"),
+    ])  # fmt: skip
+    if bytes_per_token < 2.5:
+        warn(f"the tokenizer does not fit this text: {bytes_per_token:.2f} bytes a token, below 2.5; "
+             "training will be slow and weak (--train-tokenizer learns one that fits)")  # fmt: skip
+    if train["tokens"] < SMALL_BOOK_TOKENS:
+        warn(f"the book is very small ({train['tokens']:,} training tokens): expect it to be learned by heart; "
+             "keep to one or two epochs and compare the held-out loss")  # fmt: skip
+    if overlap["leaked_runs"] > 0.01 * max(1, overlap["validation_runs"]):
+        warn("validation repeats training: the held-out loss will look better than it is")
+
+
+def main():
+    args = parse_args()
+    from utils.data import FORMAT, read_manifest
+    from utils.files import MANIFEST, check_output_dir, describe_files, publish_folder, write_json
+    from utils.tokens import fingerprint_tokenizer, train_tokenizer
+
+    is_ours = (args.output_dir / MANIFEST).is_file()
+    check_output_dir(args.output_dir, is_ours, "prepare_data.py", args.overwrite)
+    books, n_held_out = read_books(args)
+    tokenizer = None if args.train_tokenizer else tokenizer_of_model(args)
+    settings = settings_of(args, books, n_held_out)
+    n_words = sum(book.n_words for book in books)
+    if is_ours and is_up_to_date(args, settings, manifest := read_manifest(args.output_dir)):
+        print_summary(args, manifest, n_words)
+        print("up to date: the same command on the same book, nothing to do")
+        return
+
+    with publish_folder(args.output_dir) as folder:
+        if tokenizer is None:
+            print(f"learning a tokenizer of {args.train_tokenizer:,} tokens from the training text", flush=True)
+            texts = (p.text for p in passages(args, books, n_held_out) if p.split == "train")
+            tokenizer = train_tokenizer(texts, args.train_tokenizer)
+        splits, overlap, spans = write_blocks(args, books, n_held_out, tokenizer, folder)
+        tokenizer.save_pretrained(folder / "tokenizer")
+        manifest = {
+            "format": FORMAT,
+            "made_by": "prepare_data.py",
+            "settings": settings,
+            "model_name": settings["model_name"],
+            "block_size": args.block_size,
+            "tokenizer": {
+                "sha256": fingerprint_tokenizer(tokenizer),
+                "size": len(tokenizer),
+                "end_of_text_id": tokenizer.eos_token_id,
+            },
+            "books": [{"name": b.path.name, "sha256": b.sha256, "chars": b.n_chars, "words": b.n_words} for b in books],
+            "splits": splits,
+            "overlap": overlap,
+            "spans": spans,
+            "files": describe_files(folder),
+        }
+        write_json(folder / MANIFEST, manifest)
+    print_summary(args, manifest, n_words)
+    print("next: python finetune_generative.py")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,84 @@
+"""Shared pieces of the tests: a tiny book, a tiny model, and the scripts run in this process."""
+
+import importlib
+import os
+import sys
+from collections import namedtuple
+
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach a network; tests of the hub take this away
+
+import pytest
+import torch
+
+from utils.cli import run
+
+torch.set_num_threads(1)  # tiny models are faster so, and results do not depend on the machine's cores
+
+Result = namedtuple("Result", "code out err")
+
+NAMES = ["Ada", "Bram", "Cleo", "Dov", "Edda", "Finn", "Greta", "Hal", "Ines", "Jory"]
+PLACES = ["the mill", "a ferry", "the old quay", "the orchard", "a cold inn", "the bell tower", "the ford"]
+DEEDS = ["mended a net", "counted the stars", "lost her hat", "sang to the dog", "wrote nine letters", "slept"]
+
+
+def make_book(n_paragraphs=240):
+    """Write a small text with a form but without a repeated paragraph."""
+    paragraphs = []
+    for i in range(n_paragraphs):
+        name, place, deed = NAMES[i % 10], PLACES[i % 7], DEEDS[(i * i + i // 6) % 6]
+        paragraphs.append(f"Day {i + 1}. {name} went to {place} and {deed}. It was {i * 37 % 101} steps away.")
+    return "\n\n".join(paragraphs) + "\n"
+
+
+@pytest.fixture(scope="session")
+def book(tmp_path_factory):
+    """Path of a small book of about 16,000 characters."""
+    path = tmp_path_factory.mktemp("book") / "book.txt"
+    path.write_text(make_book(), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory, book):
+    """Folder of a GPT-2 with 2 layers of width 32, 64 positions and a tokenizer of 400 ids."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    from utils.tokens import train_tokenizer
+
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    tokenizer = train_tokenizer([book.read_text(encoding="utf-8")], 400)
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=len(tokenizer), n_positions=64, n_embd=32, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0
+    )
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def script(capsys, monkeypatch):
+    """Run a script's main in this process: script('prepare_data', '--flag', value) -> code, out, err."""
+
+    def run_script(name, *argv):
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, argv)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as left:
+            run(importlib.import_module(name).main)
+        return Result(left.value.code, *capsys.readouterr())
+
+    return run_script
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory, book, tiny_model):
+    """Folder of blocks of 32 tokens made from the book for the tiny model."""
+    folder = tmp_path_factory.mktemp("data") / "blocks"
+    with pytest.MonkeyPatch.context() as patch:
+        argv = ["--input-path", book, "--model-name", tiny_model, "--block-size", 32, "--output-dir", folder]
+        patch.setattr(sys, "argv", ["prepare_data.py", *map(str, argv)])
+        with pytest.raises(SystemExit) as left:
+            run(importlib.import_module("prepare_data").main)
+        assert left.value.code == 0
+    return folder

@@ -1,0 +1,203 @@
+"""The command line: parser, number types, UserError, exit codes, settings table.
+
+Owns how a script speaks to the person who started it. Knows nothing of books or models, and imports
+nothing heavy, so that a mistyped flag is answered before torch is loaded.
+"""
+
+import argparse
+import codecs
+import difflib
+import errno
+import math
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any, NoReturn
+
+EXIT_INPUT = 2
+EXIT_MACHINE = 3
+EXIT_DIVERGED = 4
+MAX_ERROR_CHARS = 240
+# The machine's fault, not the user's: full or failing disk, quota, read-only file system.
+MACHINE_ERRNOS = {errno.ENOSPC, errno.EIO, errno.EROFS, errno.EDQUOT}
+
+
+class UserError(Exception):
+    """A condition that ends the program with one line on stderr and no traceback.
+
+    Args:
+        message: what is wrong with its value, what was expected, what to do.
+        code: exit status; 2 the user's input, 3 the machine, 4 training diverged.
+    """
+
+    def __init__(self, message: str, code: int = EXIT_INPUT) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class HelpFormatter(argparse.HelpFormatter):
+    """Help that ends every entry with its default, so that no flag has to be tried to be known."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=32, width=100)
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help or ""
+        hidden = action.default in (None, argparse.SUPPRESS) or "default" in text
+        if hidden or isinstance(action, argparse._HelpAction):
+            return text
+        default = " ".join(action.default) if isinstance(action.default, list) else action.default
+        return f"{text} (default: {default})".replace("%", "%%")
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with whole flag names only, underscores allowed, and mistakes raised as UserError."""
+
+    def __init__(self, description: str, epilog: str | None = None) -> None:
+        super().__init__(description=description, epilog=epilog, allow_abbrev=False, formatter_class=HelpFormatter)
+
+    def parse_args(self, argv: list[str] | None = None) -> argparse.Namespace:
+        """Parse a command line.
+
+        Raises:
+            UserError: for an unknown flag or a value out of its range.
+        """
+        argv = [self._with_hyphens(word) for word in (sys.argv[1:] if argv is None else argv)]
+        args, unknown = self.parse_known_args(argv)
+        if unknown:
+            name = unknown[0].split("=")[0]
+            near = difflib.get_close_matches(name, self._option_string_actions, n=1)
+            hint = f" (did you mean {near[0]}?)" if near else "; --help lists them all"
+            kind = "option" if name.startswith("-") else "argument"
+            raise UserError(f"unknown {kind} {name}{hint}")
+        return args
+
+    def _with_hyphens(self, word: str) -> str:
+        """Accept --block_size for --block-size: people come from Hugging Face's scripts."""
+        name, equals, value = word.partition("=")
+        hyphened = name.replace("_", "-")
+        return hyphened + equals + value if hyphened in self._option_string_actions else word
+
+    def error(self, message: str) -> NoReturn:
+        """Raise argparse's complaint as a UserError that begins with the flag."""
+        found = re.match(r"argument ([^:\s]+): (.*)", message, re.DOTALL)
+        if found:
+            flag, text = found.group(1).split("/")[0], found.group(2)
+            message = f"{flag} {text}" if text.startswith("must ") else f"{flag}: {text}"
+        raise UserError(message)
+
+
+def whole_number(low: int, high: int | None = None) -> Callable[[str], int]:
+    """Build an argparse type for whole numbers from low to high, both included."""
+    allowed = f"must be {low} or more" if high is None else f"must be {low} to {high}"
+
+    def parse(text: str) -> int:
+        if not re.fullmatch(r"[+-]?[0-9]{1,30}", text):
+            raise argparse.ArgumentTypeError(_not_a_number(text, int, "whole"))
+        value = int(text)
+        if value < low or (high is not None and value > high):
+            raise argparse.ArgumentTypeError(f"{allowed}, not {text}")
+        return value
+
+    return parse
+
+
+def real_number(low: float, high: float = math.inf, above: bool = False, below: bool = False) -> Callable[[str], float]:
+    """Build an argparse type for finite numbers in a range.
+
+    Args:
+        low: least value.
+        high: greatest value.
+        above: low itself is refused.
+        below: high itself is refused.
+    """
+    allowed = f"must be above {low:g}" if above else f"must be {low:g}"
+    if high == math.inf:
+        allowed += " and finite" if above else " or more and finite"
+    else:
+        allowed += f" up to {'below ' if below else ''}{high:g}" if above or below else f" to {high:g}"
+
+    def parse(text: str) -> float:
+        if not re.fullmatch(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?|[+-]?(inf|nan)", text):
+            raise argparse.ArgumentTypeError(_not_a_number(text, float, ""))
+        value = float(text)
+        too_low = value < low or (above and value == low)
+        too_high = value > high or (below and value == high)
+        if too_low or too_high or not math.isfinite(value):
+            raise argparse.ArgumentTypeError(f"{allowed}, not {text}")
+        return value
+
+    return parse
+
+
+def _not_a_number(text: str, convert: type, kind: str) -> str:
+    """Python also reads '1_000', ' 5 ' and Arabic digits; a command line should not guess."""
+    shown = text if len(text) <= 60 else text[:60] + "..."
+    try:
+        convert(text)
+    except ValueError:
+        return f"{shown!r} is not a {kind} number".replace("  ", " ")
+    return f"{shown!r} is not a plain number"
+
+
+def text_encoding(name: str) -> str:
+    """Parse the name of a text encoding that Python knows."""
+    try:
+        if codecs.lookup(name)._is_text_encoding:
+            return name
+    except (LookupError, ValueError):
+        pass
+    raise argparse.ArgumentTypeError(f"{name!r} is not a text encoding; try utf-8, latin-1 or cp1252")
+
+
+def print_table(title: str, rows: Iterable[tuple[str, Any]]) -> None:
+    """Print aligned name/value rows under a title; a None value leaves its row out."""
+    rows = [(name, value) for name, value in rows if value is not None]
+    width = max(len(name) for name, _ in rows)
+    print(title)
+    for name, value in rows:
+        print(f"  {name:<{width}}  {value}")
+    print(flush=True)
+
+
+def warn(message: str) -> None:
+    """Print one line on stderr that starts with 'warning: '."""
+    print(f"warning: {message}", file=sys.stderr, flush=True)
+
+
+def run(main: Callable[[], int | None]) -> NoReturn:
+    """Run a script's main function and leave with its exit status.
+
+    A UserError and the machine's own failures become one line on stderr; anything else is a
+    defect of this program and keeps its traceback.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # a terminal without UTF-8 is no reason to stop
+    try:
+        code = main() or 0
+        sys.stdout.flush()
+    except UserError as error:
+        code = _report(str(error), error.code)
+    except KeyboardInterrupt:
+        code = 130
+    except BrokenPipeError:
+        code = 0
+        # The reader (| head) has left; without this, Python complains once more at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        if error.errno not in MACHINE_ERRNOS:
+            raise
+        where = f"{error.filename}: " if error.filename else "cannot write output: "
+        code = _report(where + os.strerror(error.errno).lower(), EXIT_MACHINE)
+        sys.stderr.flush()
+        os._exit(code)  # flushing a full stdout again at exit would print a second message
+    sys.exit(code)
+
+
+def _report(message: str, code: int) -> int:
+    line = " ".join(f"error: {message}".split())
+    if len(line) > MAX_ERROR_CHARS:
+        line = line[: MAX_ERROR_CHARS - 3] + "..."
+    print(line, file=sys.stderr, flush=True)
+    return code

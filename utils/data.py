@@ -1,0 +1,214 @@
+"""Blocks: write and open the prepared folder, count what leaks, order the batches.
+
+Owns the folder that prepare_data.py writes. Text is utils/book.py's, tokens are utils/tokens.py's.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from utils.cli import UserError
+from utils.files import MANIFEST, read_json, verify_files
+
+FORMAT = 1
+RUN_TOKENS = 32
+
+
+def save_blocks(tokens: dict[str, np.ndarray], block_size: int, folder: Path) -> None:
+    """Write each split's tokens as rows of exactly block_size ids, a datasets DatasetDict.
+
+    Args:
+        tokens: (n_tokens,) ids by split; the tail shorter than a block is left out.
+        block_size: tokens a row.
+        folder: receives train/ and validation/.
+    """
+    import pyarrow as pa
+    from datasets import Dataset, DatasetDict, disable_progress_bars, enable_progress_bars
+
+    disable_progress_bars()
+    splits = {}
+    for split, ids in tokens.items():
+        whole = ids[: len(ids) // block_size * block_size]
+        values = pa.array(whole, type=pa.from_numpy_dtype(ids.dtype))
+        rows = pa.FixedSizeListArray.from_arrays(values, block_size)
+        # A fingerprint from the content: the same book gives the same files, byte for byte.
+        digest = hashlib.sha256(whole.tobytes()).hexdigest()[:16]
+        splits[split] = Dataset(pa.table({"input_ids": rows}), fingerprint=digest)
+    DatasetDict(splits).save_to_disk(folder)
+    enable_progress_bars()
+
+
+def hash_runs(ids: np.ndarray) -> np.ndarray:
+    """Hash every run of RUN_TOKENS tokens to 64 bits.
+
+    Args:
+        ids: (N,) token ids.
+    Returns:
+        (N - RUN_TOKENS + 1,) uint64, or empty.
+    """
+    if len(ids) < RUN_TOKENS:
+        return np.zeros(0, np.uint64)
+    mixed = (ids.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+    mixed ^= mixed >> np.uint64(29)
+    n_runs = len(ids) - RUN_TOKENS + 1
+    hashes = np.zeros(n_runs, np.uint64)
+    for place in range(RUN_TOKENS):
+        hashes *= np.uint64(0xBF58476D1CE4E5B9)
+        hashes += mixed[place : place + n_runs]
+    return hashes ^ (hashes >> np.uint64(31))
+
+
+def measure_overlap(train: np.ndarray, validation: np.ndarray, chunk: int = 1 << 20) -> dict[str, Any]:
+    """Count the runs of validation that also stand in training, and how far training repeats itself.
+
+    Args:
+        train, validation: (N,) token ids.
+        chunk: training tokens held in memory at once.
+    Returns:
+        validation_runs and leaked_runs (counts of RUN_TOKENS-token runs), repeated_share (share of
+        training runs that stood before; measured on a sample of run values in a large corpus).
+    """
+    held_out = np.sort(hash_runs(validation))
+    leaked = np.zeros(len(held_out), bool)
+    # Sampling by the hash's own value takes all copies of a run or none: the share stays unbiased.
+    keep_one_in = np.uint64(1 + len(train) // (1 << 23))
+    kept = []
+    for start in range(0, max(len(train) - RUN_TOKENS + 1, 0), chunk):
+        hashes = hash_runs(train[start : start + chunk + RUN_TOKENS - 1])
+        kept.append(hashes[hashes % keep_one_in == 0])
+        if len(held_out):
+            low = np.searchsorted(held_out, hashes)
+            found = held_out[np.minimum(low, len(held_out) - 1)] == hashes
+            for place in np.unique(low[found]):
+                leaked[place : np.searchsorted(held_out, held_out[place], side="right")] = True
+    seen = np.concatenate(kept) if kept else np.zeros(0, np.uint64)
+    repeated = 1 - len(np.unique(seen)) / len(seen) if len(seen) else 0.0
+    return {
+        "validation_runs": len(held_out),
+        "leaked_runs": int(leaked.sum()),
+        "repeated_share": round(repeated, 6),
+    }
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """An opened data folder: rows of token ids and what the manifest says of them."""
+
+    folder: Path
+    manifest: dict
+    train: Any
+    validation: Any
+
+    @property
+    def block_size(self) -> int:
+        return self.manifest["block_size"]
+
+    @property
+    def bytes_per_token(self) -> float:
+        """UTF-8 bytes of the validation text for each of its tokens."""
+        counts = self.manifest["splits"]["validation"]
+        return counts["bytes"] / counts["tokens"] if counts["tokens"] else 0.0
+
+    def openings(self, count: int, prompt_tokens: int, next_tokens: int) -> list[tuple[list[int], list[int]]]:
+        """Return beginnings of validation passages and what the author wrote next.
+
+        Args:
+            count: how many, spread over the passages that are long enough.
+            prompt_tokens, next_tokens: tokens of each.
+        Returns:
+            (prompt ids, next ids) pairs.
+        """
+        spans = [s["tokens"] for s in self.manifest["spans"] if s["split"] == "validation"]
+        end = len(self.validation) * self.block_size
+        starts = [a for a, b in spans if min(b, end) - a >= prompt_tokens + next_tokens]
+        chosen = starts[:: max(1, len(starts) // count)][:count] if starts else []
+        pairs = []
+        for start in chosen:
+            rows = range(start // self.block_size, (start + prompt_tokens + next_tokens - 1) // self.block_size + 1)
+            ids = self.validation[list(rows)]["input_ids"].flatten().tolist()[start % self.block_size :]
+            pairs.append((ids[:prompt_tokens], ids[prompt_tokens : prompt_tokens + next_tokens]))
+        return pairs
+
+
+def read_manifest(folder: Path) -> dict:
+    """Read a data folder's manifest.
+
+    Raises:
+        UserError: the folder is missing, was not made by prepare_data.py, or is of a newer format.
+    """
+    if not folder.is_dir():
+        raise UserError(f"data: {folder}: no such directory; run prepare_data.py first")
+    if not (folder / MANIFEST).is_file():
+        raise UserError(f"data: {folder} was not made by prepare_data.py")
+    manifest = read_json(folder / MANIFEST)
+    try:
+        newer = manifest["format"] > FORMAT
+        manifest["splits"]["train"]["blocks"], manifest["files"].items(), manifest["block_size"] + 0
+    except (KeyError, TypeError, AttributeError):
+        raise UserError(f"{folder / MANIFEST} is damaged; run prepare_data.py again") from None
+    if newer:
+        raise UserError(f"data: format {manifest['format']} is newer than this program ({FORMAT})")
+    return manifest
+
+
+def open_blocks(folder: Path) -> Blocks:
+    """Open a data folder, every file compared with its checksum before it is mapped.
+
+    Returns:
+        Blocks whose train and validation give input_ids as (B, block_size) int64 tensors.
+    Raises:
+        UserError: missing, damaged or empty.
+    """
+    from datasets import load_from_disk
+
+    manifest = read_manifest(folder)
+    problem = verify_files(folder, manifest["files"])
+    if problem:
+        raise UserError(f"{problem}; run prepare_data.py again")
+    if manifest["splits"]["train"]["blocks"] < 1:
+        raise UserError(f"data: {folder} has no training blocks")
+    splits = load_from_disk(str(folder)).with_format("torch")
+    return Blocks(folder, manifest, splits["train"], splits["validation"])
+
+
+class BatchOrder:
+    """The blocks of every micro-batch, a pure function of seed, epoch and step.
+
+    Iterating gives lists of block numbers from `first_step` to the end of training; the last update
+    of an epoch takes what is left, so every block is seen once an epoch.
+
+    Args:
+        n_blocks: blocks in training.
+        batch_size: blocks a micro-batch.
+        grad_accum_steps: micro-batches an update.
+        seed: shuffles; each epoch in its own order.
+        first_step, max_steps: updates to give, first included, last excluded.
+    """
+
+    def __init__(
+        self, n_blocks: int, batch_size: int, grad_accum_steps: int, seed: int, first_step: int, max_steps: int
+    ) -> None:
+        self.n_blocks, self.batch_size, self.seed = n_blocks, batch_size, seed
+        self.per_update = batch_size * grad_accum_steps
+        self.steps_per_epoch = -(-n_blocks // self.per_update)
+        self.first_step, self.max_steps = first_step, max_steps
+
+    def update(self, step: int) -> list[list[int]]:
+        """Return the micro-batches of one update."""
+        epoch, place = divmod(step, self.steps_per_epoch)
+        order = self._order(epoch)[place * self.per_update : (place + 1) * self.per_update]
+        return [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for step in range(self.first_step, self.max_steps):
+            yield from self.update(step)
+
+    def _order(self, epoch: int) -> list[int]:
+        if getattr(self, "_cached_epoch", None) != epoch:
+            rng = np.random.default_rng([self.seed, epoch])
+            self._cached_epoch, self._cached = epoch, rng.permutation(self.n_blocks).tolist()
+        return self._cached

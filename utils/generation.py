@@ -1,0 +1,109 @@
+"""Continue prompts: batches of different lengths, every sample with a seed of its own."""
+
+from dataclasses import dataclass
+
+import torch
+
+from utils.cli import UserError
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How the next token is chosen; names and meanings as in transformers' generate()."""
+
+    max_new_tokens: int = 75
+    temperature: float = 0.8
+    top_k: int = 50
+    top_p: float = 0.95
+    do_sample: bool = True
+    repetition_penalty: float = 1.0
+    no_repeat_ngram_size: int = 0
+
+
+class SeededSampling:
+    """A logits processor after which the greedy choice is a random draw with the row's own seed.
+
+    The greatest of logits + Gumbel noise is a draw from their softmax. With one generator a row, a
+    sample depends on its seed alone and not on the rows beside it, so base and fine-tuned model can be
+    given the same luck.
+
+    Source: Gumbel 1954; tests/test_generation.py counts the draws.
+    """
+
+    def __init__(self, seeds: list[int]) -> None:
+        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        size = scores.shape[-1]
+        noise = torch.stack([torch.empty(size).exponential_(generator=g) for g in self.generators])
+        return scores - noise.log().to(scores.device)
+
+
+def encode_prompt(tokenizer, prompt: str) -> list[int]:
+    """Tokenize a prompt; the empty one starts from the end-of-text token, as GPT-2's documents do."""
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        raise UserError("prompt is not valid UTF-8") from None
+    ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    return ids or [tokenizer.eos_token_id]
+
+
+@torch.no_grad()
+def generate_ids(
+    model, eos_token_id: int, prompts: list[list[int]], seeds: list[int], decoding: Decoding, autocast
+) -> list[list[int]]:
+    """Continue prompts in one batch.
+
+    Args:
+        model: causal language model; its mode is put back at the end.
+        eos_token_id: ends a sample, and fills the rows to equal length from the left.
+        prompts: token ids, of any lengths.
+        seeds: one a prompt.
+        decoding: how to choose tokens.
+        autocast: function that gives the context to compute in.
+    Returns:
+        New token ids of each prompt, without the end-of-text token.
+    """
+    from transformers import (
+        GenerationConfig,
+        LogitsProcessorList,
+        TemperatureLogitsWarper,
+        TopKLogitsWarper,
+        TopPLogitsWarper,
+    )
+
+    longest = max(map(len, prompts))
+    input_ids = torch.full((len(prompts), longest), eos_token_id)
+    attention_mask = torch.zeros_like(input_ids)
+    for row, ids in enumerate(prompts):
+        input_ids[row, longest - len(ids) :] = torch.tensor(ids)
+        attention_mask[row, longest - len(ids) :] = 1
+    processors = LogitsProcessorList()
+    if decoding.do_sample and decoding.temperature > 0:
+        processors.append(TemperatureLogitsWarper(float(decoding.temperature)))
+        if decoding.top_k > 0:
+            processors.append(TopKLogitsWarper(min(decoding.top_k, model.config.vocab_size)))
+        if decoding.top_p < 1:
+            processors.append(TopPLogitsWarper(decoding.top_p))
+        processors.append(SeededSampling(seeds))
+    config = GenerationConfig(
+        max_new_tokens=decoding.max_new_tokens,
+        do_sample=False,  # the draw is SeededSampling's
+        repetition_penalty=decoding.repetition_penalty,
+        no_repeat_ngram_size=decoding.no_repeat_ngram_size,
+        eos_token_id=eos_token_id,
+        pad_token_id=eos_token_id,
+    )
+    was_training = model.training
+    model.eval()
+    with autocast():
+        output = model.generate(
+            input_ids.to(model.device),
+            attention_mask=attention_mask.to(model.device),
+            generation_config=config,
+            logits_processor=processors,
+        )
+    model.train(was_training)
+    new = output[:, longest:].tolist()
+    return [row[: row.index(eos_token_id)] if eos_token_id in row else row for row in new]

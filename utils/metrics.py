@@ -1,0 +1,80 @@
+"""What a run writes about itself: metrics.jsonl, the loss picture, TensorBoard."""
+
+import json
+from pathlib import Path
+
+METRICS = "metrics.jsonl"
+
+
+class MetricsLog:
+    """Append one JSON object a line to metrics.jsonl, and to TensorBoard if asked.
+
+    Args:
+        folder: the run's output folder.
+        step: lines after this step are dropped: they belong to work that was lost and is done again.
+        tensorboard: write event files to folder/tensorboard too.
+    """
+
+    def __init__(self, folder: Path, step: int, tensorboard: bool = False) -> None:
+        self.path = folder / METRICS
+        kept = [row for row in read_metrics(folder) if row["step"] < step]
+        self.path.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        self.writer = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.writer = SummaryWriter(folder / "tensorboard", purge_step=step or None)
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Write one line at once, so that a killed run keeps what it has measured."""
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+        if self.writer:
+            for key, value in values.items():
+                self.writer.add_scalar(key, value, step)
+
+    def close(self) -> None:
+        if self.writer:
+            self.writer.close()
+
+
+def read_metrics(folder: Path) -> list[dict]:
+    """Read metrics.jsonl; a last line cut by a kill is left out."""
+    rows = []
+    if (folder / METRICS).is_file():
+        for line in (folder / METRICS).read_text(encoding="utf-8").splitlines():
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                break
+    return rows
+
+
+def draw_loss_curve(folder: Path) -> None:
+    """Draw training and validation loss over the steps, the base model's level marked."""
+    import matplotlib
+
+    matplotlib.use("Agg")  # no screen needed
+    from matplotlib import pyplot
+
+    rows = read_metrics(folder)
+    train = [(row["step"], row["train/loss"]) for row in rows if "train/loss" in row]
+    held_out = [(row["step"], row["eval/loss"]) for row in rows if "eval/loss" in row]
+    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    if train:
+        axes.plot(*zip(*train, strict=True), color="#9db4c8", linewidth=1, label="training")
+    if held_out:
+        axes.plot(*zip(*held_out, strict=True), color="#b5482b", marker="o", label="validation")
+        best = min(held_out, key=lambda point: point[1])
+        axes.annotate(
+            f"best {best[1]:.3f}", best, textcoords="offset points", xytext=(0, -16), ha="center", color="#b5482b"
+        )
+        if held_out[0][0] == 0:
+            axes.axhline(held_out[0][1], color="#555555", linestyle="--", linewidth=1, label="base model")
+    axes.set(xlabel="step (optimizer updates)", ylabel="loss (nats a token)", title="Loss on the book")
+    axes.grid(alpha=0.25)
+    axes.legend()
+    partial = folder / ".loss_curve.partial.png"
+    figure.savefig(partial, dpi=120)
+    pyplot.close(figure)
+    partial.replace(folder / "loss_curve.png")

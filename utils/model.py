@@ -1,0 +1,201 @@
+"""Load a causal language model, or make a new one; choose device and dtype.
+
+Owns what a model folder must hold before its weights are trusted. Finding the folder is utils/hub.py's.
+"""
+
+import contextlib
+import json
+from pathlib import Path
+
+import torch
+from transformers.utils import logging
+
+from utils.cli import UserError
+from utils.hub import read_config
+from utils.tokens import load_tokenizer
+
+# Our own lines say what a person needs: the settings, and a refusal when tensors are missing.
+logging.set_verbosity_error()
+logging.disable_progress_bar()
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def load_model(folder: Path):
+    """Load a causal language model in float32.
+
+    Args:
+        folder: a local folder with config.json and safetensors weights.
+    Returns:
+        The model in eval mode, on the CPU.
+    Raises:
+        UserError: a file is missing or damaged, tensors lack or are left over, a value is not finite,
+            or the model is not a causal language model. Nothing is ever filled with random numbers.
+    """
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    if not folder.is_dir():
+        raise UserError(f"model: {folder}: no such directory")
+    config = check_causal(read_config(folder), str(folder))
+    if not list(folder.glob("*.safetensors")):
+        if list(folder.glob("*.bin")):
+            raise UserError(f"model: {folder} has only a pickle file; convert it to safetensors")
+        raise UserError(f"model: {folder} has no model.safetensors")
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            dtype=torch.float32,
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except SafetensorError as error:
+        raise UserError(f"model: {folder}/model.safetensors is damaged ({error})") from None
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
+        raise UserError(f"model: {folder} cannot be loaded: {error}") from None
+    missing, extra = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
+    if missing:
+        raise UserError(f"model: {folder} lacks {len(missing)} tensors, first {missing[0]}")
+    if extra:
+        raise UserError(f"model: {folder} has {len(extra)} tensors too many, first {extra[0]}")
+    bad = first_not_finite(model)
+    if bad:
+        raise UserError(f"model: {folder}: {bad} has a value that is not a number")
+    return model.eval()
+
+
+def check_causal(config: dict, source: str):
+    """Turn a config.json into a transformers config, if it is a causal language model's.
+
+    Raises:
+        UserError: another kind of model, values that do not fit, or a wish to run its own code.
+    """
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    kind = config.get("model_type")
+    if "auto_map" in config:
+        raise UserError(f"model: {source} wants to run its own code; refused")
+    encoder = kind in ("bert", "roberta", "xlm-roberta", "electra", "camembert")
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or encoder or config.get("is_encoder_decoder"):
+        raise UserError(f"model: {source} is {kind}, not a causal language model")
+    for key in ("n_layer", "n_embd", "n_head", "n_positions", "vocab_size"):
+        value = config.get(key, 1)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise UserError(f"model: {source}: config.json: {key} must be a whole number from 1")
+    if config.get("n_embd", 0) % config.get("n_head", 1):
+        raise UserError(f"model: {source}: n_embd {config['n_embd']} is not divisible by n_head {config['n_head']}")
+    fields = {key: value for key, value in config.items() if key != "model_type"}
+    try:
+        return AutoConfig.for_model(kind, **fields)
+    except Exception as error:  # each model family validates in its own way
+        raise UserError(f"model: {source}: config.json does not fit: {error}") from None
+
+
+def new_model(config_path: Path, tokenizer, seed: int):
+    """Make a model with random weights.
+
+    Args:
+        config_path: a JSON file with the fields of a transformers config, model_type among them.
+        tokenizer: its size and end-of-text token complete the config.
+        seed: of the random weights.
+    """
+    from transformers import AutoModelForCausalLM
+
+    if not config_path.is_file():
+        raise UserError(f"--from-scratch: {config_path}: no such file")
+    try:
+        fields = json.loads(config_path.read_text(encoding="utf-8"))
+    except ValueError:
+        raise UserError(f"--from-scratch: {config_path} is damaged: not JSON") from None
+    if not isinstance(fields, dict) or not isinstance(fields.get("model_type"), str):
+        raise UserError(f"--from-scratch: {config_path} does not name a model type")
+    fields |= {"vocab_size": len(tokenizer)}
+    fields |= dict.fromkeys(("bos_token_id", "eos_token_id"), tokenizer.eos_token_id)
+    config = check_causal(fields, str(config_path))
+    torch.manual_seed(seed)
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
+def set_dropout(model, rate: float) -> None:
+    """Set every dropout of a model, in its modules and in its config."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = rate
+        for name in ("attention_dropout", "attn_dropout_rate"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, rate)
+    for key, value in model.config.to_dict().items():
+        if ("dropout" in key or key.endswith("_pdrop")) and isinstance(value, float):
+            setattr(model.config, key, rate)
+
+
+def first_not_finite(model) -> str | None:
+    """Name the first tensor that holds NaN or infinity."""
+    return next((name for name, p in model.named_parameters() if not p.isfinite().all()), None)
+
+
+def count_parameters(model) -> int:
+    """Count parameters, those shared by two layers once."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def pick_device(name: str) -> torch.device:
+    """Turn --device into a device; 'auto' prefers cuda, then mps, then cpu.
+
+    Raises:
+        UserError: the device does not exist here.
+    """
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    if name.startswith("cuda"):
+        if not torch.cuda.is_available():
+            raise UserError(f"--device {name}: this PyTorch has no CUDA")
+        if name != "cuda" and int(name[5:]) >= torch.cuda.device_count():
+            raise UserError(f"--device {name}: this machine has {torch.cuda.device_count()} GPU")
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise UserError("--device mps: this PyTorch has no MPS")
+    return torch.device(name)
+
+
+def pick_dtype(name: str, device: torch.device) -> str:
+    """Turn --dtype into 'fp32', 'bf16' or 'fp16', what a device computes in; weights stay float32.
+
+    'auto' is bf16 where the hardware multiplies in it, else fp32: emulated bf16 is slower than fp32.
+    """
+    native = has_native_bf16(device)
+    if name == "auto":
+        return "bf16" if native else "fp32"
+    if (name == "bf16" and device.type == "cuda" and not native) or (name == "fp16" and device.type == "cpu"):
+        raise UserError(f"--dtype {name}: not supported by this device")
+    return name
+
+
+def has_native_bf16(device: torch.device) -> bool:
+    """Say whether a device multiplies bf16 in hardware."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu" and hasattr(torch.cpu, "_is_avx512_bf16_supported"):
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return False
+
+
+def autocast(device: torch.device, dtype: str):
+    """Return the context in which a forward pass computes in dtype."""
+    if dtype == "fp32":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, DTYPES[dtype])
+
+
+def load_pair(folder: Path):
+    """Load a folder's model and tokenizer, and check that they fit each other."""
+    model, tokenizer = load_model(folder), load_tokenizer(folder)
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise UserError(f"tokenizer has {len(tokenizer)} ids, the model {rows}")
+    return model, tokenizer

@@ -1,0 +1,59 @@
+"""AdamW, which parameters decay, and the learning-rate schedule."""
+
+import math
+from collections.abc import Callable
+
+import torch
+
+SCHEDULES = ("cosine", "linear", "constant")
+
+
+def decay_groups(model, weight_decay: float) -> list[dict]:
+    """Split parameters into those that decay (matrices) and those that do not (biases, norms).
+
+    Decay pulls weights to zero; that makes sense for the entries of a matrix, not for a gain of 1.
+    """
+    matrices = [p for p in model.parameters() if p.requires_grad and p.dim() >= 2]
+    vectors = [p for p in model.parameters() if p.requires_grad and p.dim() < 2]
+    return [
+        {"params": matrices, "weight_decay": weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+
+
+def build_optimizer(
+    model, learning_rate: float, weight_decay: float, betas: tuple[float, float], eps: float
+) -> torch.optim.AdamW:
+    """Make AdamW over a model's parameters.
+
+    Source: Loshchilov and Hutter 2019, arXiv 1711.05101.
+    """
+    groups = decay_groups(model, weight_decay)
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=eps, fused=True)
+
+
+def build_schedule(kind: str, learning_rate: float, max_steps: int, warmup_ratio: float) -> Callable[[int], float]:
+    """Return the learning rate as a function of the step, counted from 0.
+
+    Args:
+        kind: 'cosine' or 'linear' falls to zero at max_steps, 'constant' stays.
+        learning_rate: the peak.
+        max_steps: updates of the whole run.
+        warmup_ratio: share of them in which the rate rises from zero.
+    """
+    warmup = math.ceil(max_steps * warmup_ratio)
+
+    def schedule(step: int) -> float:
+        if step < warmup:
+            return learning_rate * (step + 1) / warmup
+        done = (step - warmup) / max(1, max_steps - warmup)
+        factor = {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}
+        return learning_rate * factor[kind]
+
+    return schedule
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Give every parameter group the same learning rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr

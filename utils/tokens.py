@@ -1,0 +1,174 @@
+"""Tokenizers and tokens: load or learn a tokenizer, turn passages into ids.
+
+Owns everything between characters and ids. Blocks are utils/data.py's.
+"""
+
+import hashlib
+import itertools
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from utils.book import Passage
+from utils.cli import UserError
+
+SPLITS = ("train", "validation")
+PIECE_CHARS = 4096
+END_OF_TEXT = "<|endoftext|>"
+# Just before white space that follows a non-space: no token of GPT-2's BPE ever reaches across.
+PIECE_CUT = re.compile(r"(?<=\S)(?=\s)")
+
+
+def load_tokenizer(folder: Path):
+    """Load the tokenizer of a model folder.
+
+    Raises:
+        UserError: it is missing or damaged, or has no end-of-text token.
+    """
+    from transformers import AutoTokenizer
+
+    files = ("tokenizer.json", "vocab.json", "tokenizer.model", "spiece.model")
+    if not any((folder / name).is_file() for name in files):
+        raise UserError(f"tokenizer: {folder} has no tokenizer.json")
+    for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json"):
+        _refuse_damaged(folder / name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"tokenizer: {folder} cannot be loaded: {error}") from None
+    except Exception as error:  # the Rust library raises bare Exception for a wrong tokenizer.json
+        if type(error) is not Exception:
+            raise
+        raise UserError(f"tokenizer: {folder}/tokenizer.json is damaged: {error}") from None
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"tokenizer: {folder} has no end-of-text token")
+    return tokenizer
+
+
+def _refuse_damaged(path: Path) -> None:
+    if not path.is_file():
+        return
+    try:
+        json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        where = f"line {error.lineno} column {error.colno}"
+        raise UserError(f"tokenizer: {path} is damaged: {where}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"tokenizer: {path} is damaged: byte {error.start} is not UTF-8") from None
+
+
+def fingerprint_tokenizer(tokenizer) -> str:
+    """Return a sha256 that two tokenizers share when they give text the same ids."""
+    probe = tokenizer("The old house, isn't it?\n\n  1871 \u00e9", add_special_tokens=False)["input_ids"]
+    vocabulary = sorted(tokenizer.get_vocab().items())
+    return hashlib.sha256(json.dumps([vocabulary, probe]).encode()).hexdigest()
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int):
+    """Learn a byte-level BPE tokenizer of GPT-2's kind.
+
+    Args:
+        texts: training text, read once.
+        vocab_size: number of ids, the end-of-text token included; at least 257.
+    Returns:
+        A transformers tokenizer; any text in any language can be encoded.
+    Source: Sennrich et al. 2016 (BPE); Radford et al. 2019 (on bytes).
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, unk_token=END_OF_TEXT
+    )
+
+
+def cut_pieces(text: str) -> list[str]:
+    """Cut a text into pieces that a GPT-2 tokenizer encodes to the same ids as the whole.
+
+    Source: tests/test_data.py compares them on GPT-2's own vocabulary.
+    """
+    pieces, start = [], 0
+    while start < len(text):
+        cut = PIECE_CUT.search(text, start + PIECE_CHARS)
+        end = cut.start() if cut else len(text)
+        pieces.append(text[start:end])
+        start = end
+    return pieces
+
+
+def encode_text(tokenizer, pieces: list[str]) -> list[int]:
+    """Tokenize pieces to one list of ids; a special token typed in the text stays ordinary text."""
+    encoded = tokenizer(pieces, add_special_tokens=False, split_special_tokens=True, verbose=False)
+    return list(itertools.chain.from_iterable(encoded["input_ids"]))
+
+
+def pieces_are_exact(tokenizer, text: str) -> bool:
+    """Say whether this tokenizer may be given pieces: sentencepiece ones mark the start of a text."""
+    sample = text[: 8 * PIECE_CHARS]
+    return encode_text(tokenizer, cut_pieces(sample)) == encode_text(tokenizer, [sample])
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """Return the smallest unsigned type that holds every id; a cast to a smaller one would wrap."""
+    return np.min_scalar_type(vocab_size - 1)
+
+
+class TokenWriter:
+    """Append passages' tokens to one raw file a split, and keep count.
+
+    Args:
+        folder: where train.bin and validation.bin are written.
+        tokenizer: any transformers tokenizer with an end-of-text token.
+        n_books: an end-of-text token follows every book but the last.
+    """
+
+    def __init__(self, folder: Path, tokenizer, n_books: int) -> None:
+        self.tokenizer, self.n_books = tokenizer, n_books
+        self.dtype = token_dtype(len(tokenizer))
+        self.paths = {split: folder / f"{split}.bin" for split in SPLITS}
+        self.spans: list[dict] = []
+        self.n_tokens = dict.fromkeys(SPLITS, 0)
+        self.exact: bool | None = None
+
+    def write(self, passage: Passage) -> None:
+        """Tokenize a passage and append it to its split."""
+        if self.exact is None:
+            self.exact = pieces_are_exact(self.tokenizer, passage.text)
+        pieces = cut_pieces(passage.text) if self.exact else [passage.text]
+        ids = encode_text(self.tokenizer, pieces)
+        n_text = len(ids)
+        if passage.ends_book and passage.book_index < self.n_books - 1:
+            ids.append(self.tokenizer.eos_token_id)
+        if ids and max(ids) > np.iinfo(self.dtype).max:
+            raise UserError(f"tokenizer: id {max(ids)} is beyond its own vocabulary of {len(self.tokenizer)}")
+        start = self.n_tokens[passage.split]
+        with open(self.paths[passage.split], "ab") as file:
+            file.write(np.array(ids, dtype=self.dtype).tobytes())
+        self.n_tokens[passage.split] += len(ids)
+        self.spans.append({
+            "split": passage.split,
+            "book": passage.book_index,
+            "chars": [passage.start, passage.end],
+            "tokens": [start, start + n_text],
+            "bytes": len(passage.text.encode()),
+        })  # fmt: skip
+
+    def open_tokens(self) -> dict[str, np.ndarray]:
+        """Map each split's tokens, (n_tokens,) of the stored type."""
+        return {
+            split: np.memmap(path, self.dtype, "r") if self.n_tokens[split] else np.zeros(0, self.dtype)
+            for split, path in self.paths.items()
+        }
