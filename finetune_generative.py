@@ -18,7 +18,7 @@ from utils.cli import whole_number as whole
 
 # Flags that change nothing about the result: free to differ when a run is continued. All others are compared.
 FREE_FLAGS = {
-    "output_dir", "overwrite", "device", "num_workers", "save_every", "keep_checkpoints", "log_every",
+    "data_dir", "output_dir", "overwrite", "device", "num_workers", "save_every", "keep_checkpoints", "log_every",
     "report_to", "sample_prompt", "sample_tokens",
 }  # fmt: skip
 
@@ -59,12 +59,7 @@ def parse_args(argv=None):
     add("--sample-tokens", type=whole(0, 1023), default=40, help="tokens of that sample; 0 for none")
     add = parser.add_argument_group("machine").add_argument
     add("--device", type=device_name, default="auto", help="auto, cpu, mps, cuda or cuda:N")
-    add(
-        "--dtype",
-        choices=["auto", "fp32", "bf16", "fp16"],
-        default="auto",
-        help="computed in; weights stay float32; auto is bf16 where the device has it in hardware",
-    )
+    add("--dtype", choices=["auto", "fp32", "bf16"], default="auto", help="computed in; auto: bf16 if in hardware")
     add("--num-workers", type=whole(0, 64), default=0, help="processes that load batches")
     args = parser.parse_args(argv)
     if args.from_scratch and args.model_name:
@@ -79,22 +74,21 @@ def device_name(text):
     return text
 
 
-def load_start(args, data):
-    """Load the base model, or make a new one; returns model, tokenizer and the base's name."""
+def load_start(args, data, base):
+    """Load the base model, or make a new one, with its tokenizer."""
     from utils.hub import locate_model
     from utils.model import load_pair, new_model
     from utils.tokens import fingerprint_tokenizer, load_tokenizer
 
     if args.from_scratch:
         tokenizer = load_tokenizer(args.data_dir / "tokenizer")
-        return new_model(args.from_scratch, tokenizer, args.seed), tokenizer, None
-    name = args.model_name or data.manifest["model_name"]
-    if name is None:
+        return new_model(args.from_scratch, tokenizer, args.seed), tokenizer
+    if base is None:
         raise UserError("the data has a tokenizer of its own and no model; give --from-scratch CONFIG.json")
-    model, tokenizer = load_pair(locate_model(name))
+    model, tokenizer = load_pair(locate_model(base))
     if fingerprint_tokenizer(tokenizer) != data.manifest["tokenizer"]["sha256"]:
-        raise UserError(f"data was made with another tokenizer than {name}'s; run prepare_data.py --model-name {name}")
-    return model, tokenizer, name
+        raise UserError(f"data was made with another tokenizer than {base}'s; run prepare_data.py --model-name {base}")
+    return model, tokenizer
 
 
 def settings_of(args, data, base):
@@ -102,7 +96,7 @@ def settings_of(args, data, base):
     settings = {name: value for name, value in vars(args).items() if name not in FREE_FLAGS}
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}
     train_file = next(entry for name, entry in data.manifest["files"].items() if name.startswith("train/data"))
-    return settings | {"model_name": base, "data_dir": None, "data_sha256": train_file["sha256"]}
+    return settings | {"model_name": base, "data_sha256": train_file["sha256"]}
 
 
 def find_unfinished(args, settings):
@@ -110,10 +104,8 @@ def find_unfinished(args, settings):
     from utils.checkpoint import find_checkpoint
     from utils.files import read_json
 
-    if args.overwrite and args.output_dir.is_dir():
-        shutil.rmtree(args.output_dir)
     config = args.output_dir / "run_config.json"
-    if not config.is_file():
+    if args.overwrite or not config.is_file():
         return None
     before = read_json(config).get("settings", {})
     for name in settings:
@@ -153,12 +145,11 @@ def train(args, plan, model, tokenizer, data, optimizer, state):
     from utils.optim import set_lr
 
     log = MetricsLog(args.output_dir, state.step, args.report_to == "tensorboard")
-    order = plan.order(state.step)
     # A generator of its own: a DataLoader without one draws from the generator that dropout uses.
-    loader = DataLoader(data.train, sampler=order, batch_size=None, num_workers=args.num_workers,
+    loader = DataLoader(data.train, sampler=plan.order.batches(state.step, plan.max_steps), batch_size=None,
+                        num_workers=args.num_workers, pin_memory=plan.device.type == "cuda",
                         generator=torch.Generator())  # fmt: skip
     batches = iter(loader)
-    scaler = torch.amp.GradScaler(enabled=plan.dtype == "fp16")
     bar = tqdm(total=plan.max_steps, initial=state.step, unit="step", desc="training")
     stopping, started, resumed_at = StopSignal(), time.monotonic() - state.seconds, state.step
     model.train()
@@ -181,29 +172,28 @@ def train(args, plan, model, tokenizer, data, optimizer, state):
         step_started = time.monotonic()
         lr = plan.schedule(state.step)  # 4 learning rate
         set_lr(optimizer, lr)
-        micro_batches = order.update(state.step)
+        micro_batches = plan.order.update(state.step)
         n_blocks = sum(map(len, micro_batches))
-        loss_sum = torch.zeros((), device=model.device)
+        mean_loss = torch.zeros((), device=model.device)
         for _ in micro_batches:  # 5 accumulate, weighted by tokens
             input_ids = next(batches)["input_ids"].to(model.device, non_blocking=True)
             with plan.autocast():
                 loss = model(input_ids=input_ids, labels=input_ids, use_cache=False).loss  # shifts inside
             loss = loss * (len(input_ids) / n_blocks)
-            scaler.scale(loss).backward()
-            loss_sum += loss.detach()
-        scaler.unscale_(optimizer)
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
-        require_finite(args, state, lr, loss_sum.item(), grad_norm.item())  # 6 refuse NaN before the update
-        scaler.step(optimizer)
-        scaler.update()
+            loss.backward()
+            mean_loss += loss.detach()
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm).item()
+        train_loss = mean_loss.item()
+        require_finite(args, state, lr, train_loss, grad_norm)  # 6 refuse NaN before the update
+        optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         state.step += 1  # 7 count, then log
         state.tokens += n_blocks * data.block_size
         speed = n_blocks * data.block_size / (time.monotonic() - step_started)
         if state.step % args.log_every == 0:
-            log.write(state.step, {"train/loss": loss_sum.item(), "train/lr": lr, "train/grad_norm": grad_norm.item(),
-                                   "train/tokens_per_sec": round(speed, 1)})  # fmt: skip
-        bar.set_postfix_str(f"loss {loss_sum.item():.3f}, lr {lr:.1e}, {speed:,.0f} tokens/s", refresh=False)
+            figures = {"loss": train_loss, "lr": lr, "grad_norm": grad_norm, "tokens_per_sec": round(speed, 1)}
+            log.write(state.step, {f"train/{name}": value for name, value in figures.items()})
+        bar.set_postfix_str(f"loss {train_loss:.3f}, lr {lr:.1e}, {speed:,.0f} tokens/s", refresh=False)
         bar.update()
     bar.close()
     log.close()
@@ -221,18 +211,11 @@ class Plan:
 
         self.device, self.dtype = device, pick_dtype(args.dtype, device)
         self.autocast = lambda: autocast(self.device, self.dtype)
-        self.n_blocks = len(data.train)
-        self._order = lambda first, steps: BatchOrder(
-            self.n_blocks, args.batch_size, args.grad_accum_steps, args.seed, first, steps
-        )
-        self.steps_per_epoch = self._order(0, 0).steps_per_epoch
-        self.max_steps = args.max_steps or args.epochs * self.steps_per_epoch
+        self.order = BatchOrder(len(data.train), args.batch_size, args.grad_accum_steps, args.seed)
+        self.max_steps = args.max_steps or args.epochs * self.order.steps_per_epoch
         self.eval_every = args.eval_every or max(1, self.max_steps // 10)
         self.save_every = args.save_every or self.eval_every
         self.schedule = build_schedule(args.lr_schedule, args.learning_rate, self.max_steps, args.warmup_ratio)
-
-    def order(self, first_step):
-        return self._order(first_step, self.max_steps)
 
 
 def evaluate(args, plan, model, data):
@@ -278,7 +261,7 @@ def sample(args, plan, model, tokenizer):
 
 def require_finite(args, state, lr, loss, grad_norm):
     """Stop before an update that would fill every weight with NaN."""
-    if math.isfinite(loss) and (math.isfinite(grad_norm) or args.dtype == "fp16"):
+    if math.isfinite(loss) and math.isfinite(grad_norm):
         return
     what = "gradient" if math.isfinite(loss) else "loss"
     checkpoints = sorted(args.output_dir.glob("checkpoint-*"), key=lambda path: path.stat().st_mtime)
@@ -287,55 +270,56 @@ def require_finite(args, state, lr, loss, grad_norm):
                     "try a lower --learning-rate", EXIT_DIVERGED)  # fmt: skip
 
 
-def write_run_config(args, settings, base, data, model):
-    import platform
-
-    import datasets
-    import tokenizers
+def print_settings(args, plan, data, model, base):
     import torch
-    import transformers
 
-    from utils.files import write_json
+    from utils.model import count_parameters
 
-    libraries = (torch, transformers, datasets, tokenizers)
-    write_json(args.output_dir / "run_config.json", {
-        "made_by": "finetune_generative.py",
-        "base_model": base,
-        "data_dir": str(args.data_dir),
-        "settings": settings,
-        "flags": {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items()},
-        "data": {name: data.manifest[name] for name in ("settings", "splits", "tokenizer", "block_size")},
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "versions": {"python": platform.python_version()} | {lib.__name__: lib.__version__ for lib in libraries},
-        "machine": {"system": platform.platform(), "threads": torch.get_num_threads()},
-    })  # fmt: skip
+    batch = plan.order.per_update
+    print_table("training", [
+        ("model", f"{base}, {count_parameters(model):,} parameters"),
+        ("data", f"{args.data_dir}: {len(data.train):,} + {len(data.validation):,} blocks of {data.block_size}"),
+        ("update", f"{batch} blocks ({args.grad_accum_steps} x {args.batch_size}), {batch * data.block_size:,} tokens"),
+        ("length", f"{plan.max_steps:,} updates, {plan.order.steps_per_epoch:,} an epoch"),
+        ("learning rate", f"{args.learning_rate:g}, {args.lr_schedule}, warm-up {args.warmup_ratio:.0%}"),
+        ("evaluate, save", f"every {plan.eval_every:,} and {plan.save_every:,} updates"),
+        ("device", f"{plan.device}, computing in {plan.dtype}, {torch.get_num_threads()} threads"),
+        ("output", args.output_dir),
+    ])  # fmt: skip
+    if len(data.train) < batch:
+        warn(f"a batch is the {len(data.train)} blocks there are, not {batch}")
 
 
-def write_results(args, plan, state):
-    from utils.files import write_json
+def start_run(args, settings, data, base):
+    """Load or make the model of a new run, and write down what the run is."""
+    import torch
 
-    base, best = state.base_metrics, state.best_metrics
-    results = {f"base_{key.split('/')[1]}" if "loss" not in key else "base_eval_loss": v for key, v in base.items()}
-    results |= {key.split("/")[1] if "loss" not in key else "eval_loss": v for key, v in best.items()}
-    results |= {
-        "best_step": state.best_step, "step": state.step, "max_steps": plan.max_steps,
-        "train_runtime": round(state.seconds, 1),
-        "train_tokens": state.tokens,
-        "train_tokens_per_second": round(state.tokens / max(state.seconds, 1e-9), 1),
-    }  # fmt: skip
-    write_json(args.output_dir / "all_results.json", results)
-    return results
+    from utils.checkpoint import save_best
+    from utils.metrics import write_run_config
+    from utils.model import DTYPES, check_positions
+
+    model, tokenizer = load_start(args, data, base)
+    check_positions(model, data.block_size)
+    torch.manual_seed(args.seed)
+    if args.overwrite and args.output_dir.is_dir():
+        shutil.rmtree(args.output_dir)  # only now: everything that could be refused has been
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    if args.from_scratch:  # so that generate_text.py has a base to compare with
+        Path(base).mkdir(exist_ok=True)
+        save_best(Path(base), model, tokenizer, DTYPES[args.save_dtype])
+    write_run_config(args, settings, base, data)
+    return model, tokenizer
 
 
 def main():
     args = parse_args()
     import torch
 
-    from utils.checkpoint import TrainState, read_state, restore_optimizer, restore_random_state, save_best
+    from utils.checkpoint import TrainState, read_state, restore_optimizer, restore_random_state
     from utils.data import open_blocks
     from utils.files import check_output_dir
-    from utils.hub import position_limit
-    from utils.model import DTYPES, count_parameters, load_pair, pick_device, set_dropout
+    from utils.metrics import write_results
+    from utils.model import load_pair, pick_device, set_dropout
     from utils.optim import build_optimizer
 
     is_ours = (args.output_dir / "run_config.json").is_file()
@@ -343,24 +327,21 @@ def main():
     device = pick_device(args.device)
     data = open_blocks(args.data_dir)
     plan = Plan(args, data, device)
-    base = None if args.from_scratch else args.model_name or data.manifest["model_name"]
+    base = args.model_name or data.manifest["model_name"]
+    base = str(args.output_dir / "untrained_model") if args.from_scratch else base
     settings = settings_of(args, data, base)
     checkpoint = find_unfinished(args, settings)
     state = read_state(checkpoint) if checkpoint else TrainState()
     if state.finished:
+        write_results(args.output_dir, state, plan.max_steps)
         print(f"already complete at step {state.step}: {args.output_dir}; --overwrite starts anew")
         return 0
 
-    torch.manual_seed(args.seed)
     if checkpoint:
         print(f"continuing from step {state.step} of {plan.max_steps} ({checkpoint})")
         model, tokenizer = load_pair(checkpoint)
     else:
-        model, tokenizer, base = load_start(args, data)
-        torch.manual_seed(args.seed)
-    limit = position_limit(model.config.to_dict())
-    if limit and data.block_size > limit:
-        raise UserError(f"data has blocks of {data.block_size} tokens; the model takes {limit}")
+        model, tokenizer = start_run(args, settings, data, base)
     if args.dropout is not None:
         set_dropout(model, args.dropout)
     model.to(device)
@@ -369,33 +350,16 @@ def main():
     if checkpoint:
         restore_optimizer(model, optimizer, checkpoint / "optimizer.safetensors")
         restore_random_state(checkpoint / "rng_state.safetensors")
-    else:
-        args.output_dir.mkdir(parents=True, exist_ok=True)
-        if args.from_scratch:  # so that generate_text.py has a base to compare with
-            base = str(args.output_dir / "untrained_model")
-            Path(base).mkdir(exist_ok=True)
-            save_best(Path(base), model, tokenizer, DTYPES[args.save_dtype])
-        write_run_config(args, settings, base, data, model)
+    print_settings(args, plan, data, model, base)
 
-    batch = args.batch_size * args.grad_accum_steps
-    print_table("training", [
-        ("model", f"{base}, {count_parameters(model):,} parameters"),
-        ("data", f"{args.data_dir}: {plan.n_blocks:,} + {len(data.validation):,} blocks of {data.block_size}"),
-        ("update", f"{batch} blocks ({args.grad_accum_steps} x {args.batch_size}) = {batch * data.block_size:,} tokens"),
-        ("length", f"{plan.max_steps:,} updates, {plan.steps_per_epoch:,} an epoch"),
-        ("learning rate", f"{args.learning_rate:g}, {args.lr_schedule}, warm-up {args.warmup_ratio:.0%}"),
-        ("evaluate, save", f"every {plan.eval_every:,} and {plan.save_every:,} updates"),
-        ("device", f"{device}, computing in {plan.dtype}, {torch.get_num_threads()} threads"),
-        ("output", args.output_dir),
-    ])  # fmt: skip
-    if plan.n_blocks < batch:
-        warn(f"a batch is the {plan.n_blocks} blocks there are, not {batch}")
     try:
         stopped_by = train(args, plan, model, tokenizer, data, optimizer, state)
     except torch.OutOfMemoryError:
-        raise UserError(f"out of GPU memory at step {state.step + 1} (batch {args.batch_size} x {data.block_size}); "
-                        f"try --batch-size {max(1, args.batch_size // 2)}", EXIT_MACHINE) from None  # fmt: skip
-    results = write_results(args, plan, state)
+        batch = f"batch {args.batch_size} x {data.block_size}"
+        half = max(1, args.batch_size // 2)
+        message = f"out of GPU memory at step {state.step + 1} ({batch}); try --batch-size {half}"
+        raise UserError(message, EXIT_MACHINE) from None
+    results = write_results(args.output_dir, state, plan.max_steps)
     if stopped_by:
         print(f"stopped at step {state.step} of {plan.max_steps}, saved; the same command goes on from here")
         return 128 + stopped_by

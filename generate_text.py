@@ -56,7 +56,7 @@ def parse_args(argv=None):
     add("--device", default="auto", choices=["auto", "cpu", "mps", "cuda"], help="where to compute")
     add(
         "--dtype",
-        choices=["auto", "fp32", "bf16", "fp16"],
+        choices=["auto", "fp32", "bf16"],
         default="fp32",
         help="computed in; fp32 gives figures that any other scorer finds too",
     )

@@ -7,6 +7,7 @@ finetune_generative.py opens. notes/01_dataset_prep.md explains every step.
 """
 
 import math
+import os
 from pathlib import Path
 
 from utils.cli import Parser, UserError, print_table, real_number, run, text_encoding, warn, whole_number
@@ -74,11 +75,15 @@ def read_books(args):
     from utils.book import find_books, read_book
 
     held_out = find_books(args.val_path or [])
-    apart = {path.resolve() for path in held_out}
-    training = [path for path in find_books(args.input_path) if path.resolve() not in apart]
+    apart = {os.path.realpath(path) for path in held_out}
+    training = [path for path in find_books(args.input_path) if os.path.realpath(path) not in apart]
     if not training:
         raise UserError("--val-path holds every file of --input-path; none is left for training")
-    return [read_book(path, args.encoding)[1] for path in training + held_out], len(held_out)
+    books = [read_book(path, args.encoding)[1] for path in training + held_out]
+    for book in books:
+        if args.output_dir.resolve() in book.path.resolve().parents:
+            raise UserError(f"output-dir: refusing to use {args.output_dir}; it holds the book {book.path.name}")
+    return books, len(held_out)
 
 
 def passages(args, books, n_held_out):
@@ -170,33 +175,37 @@ def check_block_counts(args, n_tokens, has_val_path):
             )
 
 
-def settings_of(args, books, n_held_out):
+def settings_of(args, books, n_held_out, tokenizer):
     """Everything that shapes the result: equal settings give an equal folder."""
+    from utils.tokens import fingerprint_tokenizer
+
     return {
         "block_size": args.block_size,
+        "val_path": [book.path.name for book in books[len(books) - n_held_out :]] or None,
         "val_split": None if n_held_out else args.val_split,
-        "held_out_books": n_held_out,
         "encoding": args.encoding,
         "seed": args.seed,
         "model_name": None if args.train_tokenizer else args.model_name,
         "train_tokenizer": args.train_tokenizer,
+        "tokenizer": None if tokenizer is None else fingerprint_tokenizer(tokenizer),
         "books": [book.sha256 for book in books],
     }
 
 
 def is_up_to_date(args, settings, manifest):
-    """Compare with a folder made before; other settings are refused by name unless --overwrite."""
+    """Compare with a folder made before; other settings are refused by name."""
     from utils.files import verify_files
 
     before = manifest.get("settings", {})
     changed = [name for name, value in settings.items() if before.get(name) != value]
     if not changed:
         return verify_files(args.output_dir, manifest["files"]) is None
-    if not args.overwrite:
-        flag = "other text" if changed[0] == "books" else f"--{changed[0].replace('_', '-')} {before.get(changed[0])}"
-        now = "" if changed[0] == "books" else f", now {settings[changed[0]]}"
-        raise UserError(f"output-dir: {args.output_dir} was prepared with {flag}{now}; use another or --overwrite")
-    return False
+    name, value = changed[0], before.get(changed[0])
+    flag = f"--{name.replace('_', '-')}"
+    was = f"without {flag}" if value is None else f"with {flag} {value}"
+    now = "without" if settings[name] is None else settings[name]
+    what = {"books": "with other text", "tokenizer": "with another tokenizer"}.get(name, f"{was}, now {now}")
+    raise UserError(f"output-dir: {args.output_dir} was prepared {what}; use another or --overwrite")
 
 
 def print_summary(args, manifest, n_words):
@@ -241,9 +250,10 @@ def main():
     check_output_dir(args.output_dir, is_ours, "prepare_data.py", args.overwrite)
     books, n_held_out = read_books(args)
     tokenizer = None if args.train_tokenizer else tokenizer_of_model(args)
-    settings = settings_of(args, books, n_held_out)
+    settings = settings_of(args, books, n_held_out, tokenizer)
     n_words = sum(book.n_words for book in books)
-    if is_ours and is_up_to_date(args, settings, manifest := read_manifest(args.output_dir)):
+    keep = is_ours and not args.overwrite
+    if keep and is_up_to_date(args, settings, manifest := read_manifest(args.output_dir)):
         print_summary(args, manifest, n_words)
         print("up to date: the same command on the same book, nothing to do")
         return

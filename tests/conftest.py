@@ -72,13 +72,23 @@ def script(capsys, monkeypatch):
 
 
 @pytest.fixture(scope="session")
-def prepared(tmp_path_factory, book, tiny_model):
+def script_once():
+    """Run a script's main that must succeed, from a fixture of a wider scope than a test's."""
+
+    def run_script(name, *argv):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", [f"{name}.py", *map(str, argv)])
+            with pytest.raises(SystemExit) as left:
+                run(importlib.import_module(name).main)
+        assert left.value.code == 0
+
+    return run_script
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory, book, tiny_model, script_once):
     """Folder of blocks of 32 tokens made from the book for the tiny model."""
     folder = tmp_path_factory.mktemp("data") / "blocks"
-    with pytest.MonkeyPatch.context() as patch:
-        argv = ["--input-path", book, "--model-name", tiny_model, "--block-size", 32, "--output-dir", folder]
-        patch.setattr(sys, "argv", ["prepare_data.py", *map(str, argv)])
-        with pytest.raises(SystemExit) as left:
-            run(importlib.import_module("prepare_data").main)
-        assert left.value.code == 0
+    flags = ["--input-path", book, "--model-name", tiny_model, "--block-size", 32, "--output-dir", folder]
+    script_once("prepare_data", *flags)
     return folder

@@ -28,7 +28,7 @@ SIGNATURES = [
     (b"\xfe\xff", "looks like UTF-16; convert it: iconv -f UTF-16 -t UTF-8"),
 ]
 # Where a passage may begin: after a blank line; if a book has too few, after a line, a sentence, a word.
-CUT_PATTERNS = [r"\n[ \t]*\n\s*", r"\n+", r"[.!?]['\")\]]*\s+", r"\s+", r""]
+CUT_PATTERNS = [r"\n(?:[ \t]*\n)+", r"\n+", r"[.!?]['\")\]]*\s+", r"\s+", r""]
 
 
 @dataclass(frozen=True)
@@ -59,14 +59,15 @@ def find_books(paths: list[Path]) -> list[Path]:
     found = []
     for path in paths:
         if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in (".txt", ".md"))
+            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in (".txt", ".md") and not p.is_dir())
             if not inside:
                 raise UserError(f"{path}: is a directory without .txt or .md files, expected a text file")
             found += inside
         else:
             found.append(path)
-    unique = {path.resolve(): path for path in reversed(found)} if len(found) > 1 else None
-    return found if unique is None else [path for path in found if unique[path.resolve()] is path]
+    # realpath, not Path.resolve: the latter raises on a loop of links, which read_book explains.
+    unique = {os.path.realpath(path): path for path in reversed(found)}
+    return [path for path in found if unique[os.path.realpath(path)] is path]
 
 
 def read_book(path: Path, encoding: str = "utf-8") -> tuple[str, Book]:

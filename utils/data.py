@@ -3,6 +3,7 @@
 Owns the folder that prepare_data.py writes. Text is utils/book.py's, tokens are utils/tokens.py's.
 """
 
+import functools
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -125,9 +126,8 @@ class Blocks:
         spans = [s["tokens"] for s in self.manifest["spans"] if s["split"] == "validation"]
         end = len(self.validation) * self.block_size
         starts = [a for a, b in spans if min(b, end) - a >= prompt_tokens + next_tokens]
-        chosen = starts[:: max(1, len(starts) // count)][:count] if starts else []
-        pairs = []
-        for start in chosen:
+        count, pairs = min(count, len(starts)), []
+        for start in (starts[i * len(starts) // count] for i in range(count)):
             rows = range(start // self.block_size, (start + prompt_tokens + next_tokens - 1) // self.block_size + 1)
             ids = self.validation[list(rows)]["input_ids"].flatten().tolist()[start % self.block_size :]
             pairs.append((ids[:prompt_tokens], ids[prompt_tokens : prompt_tokens + next_tokens]))
@@ -178,37 +178,31 @@ def open_blocks(folder: Path) -> Blocks:
 class BatchOrder:
     """The blocks of every micro-batch, a pure function of seed, epoch and step.
 
-    Iterating gives lists of block numbers from `first_step` to the end of training; the last update
-    of an epoch takes what is left, so every block is seen once an epoch.
+    The last update of an epoch takes what is left, so every block is seen once an epoch.
 
     Args:
         n_blocks: blocks in training.
         batch_size: blocks a micro-batch.
         grad_accum_steps: micro-batches an update.
         seed: shuffles; each epoch in its own order.
-        first_step, max_steps: updates to give, first included, last excluded.
     """
 
-    def __init__(
-        self, n_blocks: int, batch_size: int, grad_accum_steps: int, seed: int, first_step: int, max_steps: int
-    ) -> None:
+    def __init__(self, n_blocks: int, batch_size: int, grad_accum_steps: int, seed: int) -> None:
         self.n_blocks, self.batch_size, self.seed = n_blocks, batch_size, seed
         self.per_update = batch_size * grad_accum_steps
         self.steps_per_epoch = -(-n_blocks // self.per_update)
-        self.first_step, self.max_steps = first_step, max_steps
+        self._shuffled = functools.lru_cache(maxsize=2)(self._shuffle)
 
     def update(self, step: int) -> list[list[int]]:
-        """Return the micro-batches of one update."""
+        """Return the micro-batches of one update, as lists of block numbers."""
         epoch, place = divmod(step, self.steps_per_epoch)
-        order = self._order(epoch)[place * self.per_update : (place + 1) * self.per_update]
+        order = self._shuffled(epoch)[place * self.per_update : (place + 1) * self.per_update]
         return [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
 
-    def __iter__(self) -> Iterator[list[int]]:
-        for step in range(self.first_step, self.max_steps):
+    def batches(self, first_step: int, max_steps: int) -> Iterator[list[int]]:
+        """Yield the micro-batches of the updates from first_step up to, not including, max_steps."""
+        for step in range(first_step, max_steps):
             yield from self.update(step)
 
-    def _order(self, epoch: int) -> list[int]:
-        if getattr(self, "_cached_epoch", None) != epoch:
-            rng = np.random.default_rng([self.seed, epoch])
-            self._cached_epoch, self._cached = epoch, rng.permutation(self.n_blocks).tolist()
-        return self._cached
+    def _shuffle(self, epoch: int) -> list[int]:
+        return np.random.default_rng([self.seed, epoch]).permutation(self.n_blocks).tolist()

@@ -13,21 +13,22 @@ from utils.cli import EXIT_MACHINE, UserError, warn
 
 EMBEDDED_BASE = "results/base_model"
 FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
-CONNECT_SECONDS = 4
+ANSWER_SECONDS = 4
+NOT_THERE = 4
 # Run in a child: a name lookup or a silent server can block for minutes, and only a process can be ended.
-CONNECT = """
-import socket, sys, urllib.parse
-url = urllib.parse.urlsplit(sys.argv[1])
-socket.create_connection((url.hostname, url.port or (443 if url.scheme == "https" else 80))).close()
+ASK = f"""
+import sys, urllib.error, urllib.request
+try:
+    urllib.request.urlopen(urllib.request.Request(sys.argv[1], method="HEAD"))
+except urllib.error.HTTPError as error:
+    sys.exit({NOT_THERE} if error.code in (401, 403, 404) else 1)
+except OSError:
+    sys.exit(1)
 """
 DOWNLOAD = """
 import sys
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
-try:
-    snapshot_download(sys.argv[1], allow_patterns=sys.argv[2:])
-except (RepositoryNotFoundError, GatedRepoError):
-    sys.exit(4)
+snapshot_download(sys.argv[1], allow_patterns=sys.argv[2:])
 """
 
 
@@ -66,31 +67,30 @@ def _from_cache(name: str, what: str) -> Path | None:
 
 
 def _from_hub(name: str, what: str) -> Path:
-    advice = f"download it elsewhere and give its folder, or use the embedded --model-name {EMBEDDED_BASE}"
-    offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
-    # Behind a proxy only the proxy can be reached, and it resolves the names.
-    proxied = any(os.environ.get(key) for key in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"))
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-    if offline or not (proxied or _ends_well(CONNECT, [endpoint], CONNECT_SECONDS)):
-        why = "HF_HUB_OFFLINE is set" if offline else "the network is unreachable"
-        raise UserError(f"{what} {name}: not in the cache and {why}; {advice}", EXIT_MACHINE)
-    print(f"downloading {name} from {endpoint}", flush=True)
-    result = subprocess.run([sys.executable, "-c", DOWNLOAD, name, *FILES], stderr=None, check=False)
-    if result.returncode == 4:
+    answer = _ask(f"{endpoint}/{name}/resolve/main/config.json")
+    if answer == NOT_THERE:
         raise UserError(f"{what} {name!r} does not exist on the hub, or is not open to you")
-    found = _from_cache(name, what) if result.returncode == 0 else None
-    if found is None:
-        raise UserError(f"{what} {name}: the download failed; {advice}", EXIT_MACHINE)
-    return found
+    if answer == 0:
+        print(f"downloading {name} from {endpoint}", flush=True)
+        if subprocess.run([sys.executable, "-c", DOWNLOAD, name, *FILES], check=False).returncode == 0:
+            found = _from_cache(name, what)
+            if found:
+                return found
+    why = {0: "the download failed", 1: "the network is unreachable"}.get(answer, answer)
+    advice = f"download it elsewhere and give its folder, or use the embedded --model-name {EMBEDDED_BASE}"
+    raise UserError(f"{what} {name}: not in the cache and {why}; {advice}", EXIT_MACHINE)
 
 
-def _ends_well(code: str, arguments: list[str], seconds: float) -> bool:
+def _ask(url: str) -> int | str:
+    """Return 0 when the hub has a file, NOT_THERE, 1 when it cannot be reached, or another reason."""
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+        return "HF_HUB_OFFLINE is set"
+    command = [sys.executable, "-c", ASK, url]
     try:
-        command = [sys.executable, "-c", code, *arguments]
-        done = subprocess.run(command, timeout=seconds, capture_output=True, check=False)
+        return subprocess.run(command, timeout=ANSWER_SECONDS, capture_output=True, check=False).returncode
     except subprocess.TimeoutExpired:
-        return False
-    return done.returncode == 0
+        return f"no answer in {ANSWER_SECONDS} s"
 
 
 def read_config(folder: Path, what: str = "model") -> dict:

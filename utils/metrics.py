@@ -1,9 +1,13 @@
 """What a run writes about itself: metrics.jsonl, the loss picture, TensorBoard."""
 
 import json
+import platform
 from pathlib import Path
 
+from utils.files import write_json
+
 METRICS = "metrics.jsonl"
+RESULT_NAMES = {"eval/loss": "eval_loss", "eval/perplexity": "perplexity", "eval/bits_per_byte": "bits_per_byte"}
 
 
 class MetricsLog:
@@ -17,7 +21,7 @@ class MetricsLog:
 
     def __init__(self, folder: Path, step: int, tensorboard: bool = False) -> None:
         self.path = folder / METRICS
-        kept = [row for row in read_metrics(folder) if row["step"] < step]
+        kept = [row for row in read_metrics(folder) if step and row["step"] <= step]
         self.path.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
         self.writer = None
         if tensorboard:
@@ -78,3 +82,40 @@ def draw_loss_curve(folder: Path) -> None:
     figure.savefig(partial, dpi=120)
     pyplot.close(figure)
     partial.replace(folder / "loss_curve.png")
+
+
+def write_run_config(args, settings: dict, base: str, data) -> None:
+    """Write run_config.json: every setting, the data's counts and hashes, versions, machine."""
+    import datasets
+    import tokenizers
+    import torch
+    import transformers
+
+    libraries = (torch, transformers, datasets, tokenizers)
+    config = {
+        "made_by": "finetune_generative.py",
+        "base_model": base,
+        "data_dir": str(args.data_dir),
+        "settings": settings,
+        "flags": {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items()},
+        "data": {name: data.manifest[name] for name in ("settings", "splits", "tokenizer", "block_size")},
+        "versions": {"python": platform.python_version()} | {lib.__name__: lib.__version__ for lib in libraries},
+        "machine": {"system": platform.platform(), "threads": torch.get_num_threads()},
+    }
+    write_json(args.output_dir / "run_config.json", config)
+
+
+def write_results(folder: Path, state, max_steps: int) -> dict:
+    """Write all_results.json: the base's figures, the best model's, and what the run took."""
+    results = {f"base_{RESULT_NAMES[key]}": value for key, value in state.base_metrics.items()}
+    results |= {RESULT_NAMES[key]: value for key, value in state.best_metrics.items()}
+    results |= {
+        "best_step": state.best_step,
+        "step": state.step,
+        "max_steps": max_steps,
+        "train_runtime": round(state.seconds, 1),
+        "train_tokens": state.tokens,
+        "train_tokens_per_second": round(state.tokens / max(state.seconds, 1e-9), 1),
+    }
+    write_json(folder / "all_results.json", results)
+    return results

@@ -5,20 +5,21 @@ Owns what a model folder must hold before its weights are trusted. Finding the f
 
 import contextlib
 import json
+import math
 from pathlib import Path
 
 import torch
 from transformers.utils import logging
 
 from utils.cli import UserError
-from utils.hub import read_config
+from utils.hub import position_limit, read_config
 from utils.tokens import load_tokenizer
 
 # Our own lines say what a person needs: the settings, and a refusal when tensors are missing.
 logging.set_verbosity_error()
 logging.disable_progress_bar()
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def load_model(folder: Path):
@@ -38,10 +39,7 @@ def load_model(folder: Path):
     if not folder.is_dir():
         raise UserError(f"model: {folder}: no such directory")
     config = check_causal(read_config(folder), str(folder))
-    if not list(folder.glob("*.safetensors")):
-        if list(folder.glob("*.bin")):
-            raise UserError(f"model: {folder} has only a pickle file; convert it to safetensors")
-        raise UserError(f"model: {folder} has no model.safetensors")
+    refuse_misfit(folder, config, read_shapes(folder))
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -67,6 +65,58 @@ def load_model(folder: Path):
     return model.eval()
 
 
+def read_shapes(folder: Path) -> dict[str, list[int]]:
+    """Read the names and shapes of a folder's tensors from the headers of its safetensors files.
+
+    Raises:
+        UserError: there is no such file, or it is longer or shorter than its header says.
+    """
+    shapes = {}
+    for path in sorted(folder.glob("model*.safetensors")):
+        size = path.stat().st_size
+        try:
+            with open(path, "rb") as file:
+                length = int.from_bytes(file.read(8), "little")
+                header = json.loads(file.read(min(length, size)))
+            header.pop("__metadata__", None)
+            needed = 8 + length + max(entry["data_offsets"][1] for entry in header.values())
+            shapes |= {name: entry["shape"] for name, entry in header.items()}
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            raise UserError(f"model: {path} is damaged ({size} bytes without a readable header)") from None
+        if size != needed:
+            raise UserError(f"model: {path} is damaged ({size} bytes, header needs {needed})")
+    if not shapes and list(folder.glob("*.bin")):
+        raise UserError(f"model: {folder} has only a pickle file; convert it to safetensors")
+    if not shapes:
+        raise UserError(f"model: {folder} has no model.safetensors")
+    return shapes
+
+
+def refuse_misfit(folder: Path, config, shapes: dict[str, list[int]]) -> None:
+    """Compare a config with the tensors there are before it is given any memory: it may ask for all."""
+    from transformers import AutoModelForCausalLM
+
+    n_layers = getattr(config, "num_hidden_layers", 1)
+    if n_layers > len(shapes):
+        raise UserError(f"model: {folder}: config.json says {n_layers} layers, the weights have {len(shapes)} tensors")
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except Exception as error:  # each model family fails in its own way
+        raise UserError(f"model: {folder}: config.json does not fit: {error}") from None
+    # The hub's gpt2 names its tensors without the prefix.
+    found = {name: shapes.get(name, shapes.get(name.removeprefix(f"{model.base_model_prefix}.")))
+             for name, _ in model.named_parameters()}  # fmt: skip
+    for name, parameter in model.named_parameters():
+        if found[name] and found[name] != list(parameter.shape):
+            sizes = ("x".join(map(str, shape)) for shape in (found[name], parameter.shape))
+            raise UserError(f"model: {folder}: {name} is {', config.json says '.join(sizes)}")
+    lacking = [name for name, shape in found.items() if shape is None]
+    if lacking and count_parameters(model) > sum(map(math.prod, shapes.values())):
+        raise UserError(f"model: {folder} lacks {len(lacking)} tensors, first {lacking[0]}; "
+                        f"config.json says {config.model_type}")  # fmt: skip
+
+
 def check_causal(config: dict, source: str):
     """Turn a config.json into a transformers config, if it is a causal language model's.
 
@@ -85,7 +135,7 @@ def check_causal(config: dict, source: str):
     for key in ("n_layer", "n_embd", "n_head", "n_positions", "vocab_size"):
         value = config.get(key, 1)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise UserError(f"model: {source}: config.json: {key} must be a whole number from 1")
+            raise UserError(f"model: {source}: config.json: {key} must be a whole number from 1, not {value!r}")
     if config.get("n_embd", 0) % config.get("n_head", 1):
         raise UserError(f"model: {source}: n_embd {config['n_embd']} is not divisible by n_head {config['n_head']}")
     fields = {key: value for key, value in config.items() if key != "model_type"}
@@ -118,6 +168,13 @@ def new_model(config_path: Path, tokenizer, seed: int):
     config = check_causal(fields, str(config_path))
     torch.manual_seed(seed)
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
+def check_positions(model, block_size: int) -> None:
+    """Refuse blocks that are longer than the model's context."""
+    limit = position_limit(model.config.to_dict())
+    if limit and block_size > limit:
+        raise UserError(f"data has blocks of {block_size} tokens; the model takes {limit}")
 
 
 def set_dropout(model, rate: float) -> None:
@@ -164,14 +221,14 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_dtype(name: str, device: torch.device) -> str:
-    """Turn --dtype into 'fp32', 'bf16' or 'fp16', what a device computes in; weights stay float32.
+    """Turn --dtype into 'fp32' or 'bf16', what a device computes in; weights stay float32.
 
     'auto' is bf16 where the hardware multiplies in it, else fp32: emulated bf16 is slower than fp32.
     """
     native = has_native_bf16(device)
     if name == "auto":
         return "bf16" if native else "fp32"
-    if (name == "bf16" and device.type == "cuda" and not native) or (name == "fp16" and device.type == "cpu"):
+    if name == "bf16" and device.type == "cuda" and not native:
         raise UserError(f"--dtype {name}: not supported by this device")
     return name
 

@@ -45,7 +45,7 @@ def render_terminal(prompts: list[dict], samples: list[dict], scores: dict, widt
             lines.append(f"{label:<30}" + "".join(f"{value:>12}" for value in values))
         lines.append("")
     for prompt, pairs in group_samples(prompts, samples):
-        lines += ["=" * width, "prompt: " + (prompt["prompt"] or "(none)").replace("\n", " / "), "=" * width]
+        lines += ["=" * width, *_wrap(f"prompt: {prompt['prompt'] or '(none)'}", width), "=" * width]
         for texts in pairs:
             lines += [*_columns({NAMES[name]: text for name, text in texts.items()}, width), ""]
     return "\n".join(lines)

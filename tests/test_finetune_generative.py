@@ -1,0 +1,271 @@
+"""The training loop through its command: exact accumulation, exact resume, and that it learns."""
+
+import contextlib
+import json
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_evaluation import independent_loss
+
+import finetune_generative
+from utils.data import open_blocks
+from utils.generation import Decoding, generate_ids
+from utils.model import load_pair
+
+QUICK = ["--max-steps", 6, "--batch-size", 4, "--learning-rate", "1e-3", "--dtype", "fp32", "--sample-tokens", 0]
+
+
+@pytest.fixture
+def finetune(script, prepared, tmp_path):
+    """Run finetune_generative.py into tmp_path/name; returns the output folder."""
+
+    def run(name, *flags, data=prepared, code=0):
+        ran = script("finetune_generative", "--data-dir", data, "--output-dir", tmp_path / name, *flags)
+        assert ran.code == code, ran.err
+        return tmp_path / name
+
+    return run
+
+
+def weights(folder: Path) -> dict:
+    return load_file(folder / "model.safetensors")
+
+
+def assert_same(first: Path, second: Path):
+    """Every tensor of two checkpoints is equal to the bit, the optimizer's too."""
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        a, b = load_file(first / name), load_file(second / name)
+        assert a.keys() == b.keys()
+        assert all(torch.equal(a[key], b[key]) for key in a), name
+
+
+def stop_at(monkeypatch, step):
+    """Send this process SIGTERM when the loop has counted to step."""
+
+    class Stopping(finetune_generative.Plan):
+        def __init__(self, *args):
+            super().__init__(*args)
+            schedule = self.schedule
+            self.schedule = lambda now: (now == step - 1 and signal.raise_signal(signal.SIGTERM)) or schedule(now)
+
+    monkeypatch.setattr(finetune_generative, "Plan", Stopping)
+
+
+def test_stopped_and_continued_equals_never_stopped(finetune, monkeypatch):
+    dropout = ["--dropout", "0.2", "--save-every", 6]
+    straight = finetune("straight", *QUICK, *dropout)
+    with monkeypatch.context() as patch:
+        stop_at(patch, 3)
+        finetune("stopped", *QUICK, *dropout, code=128 + signal.SIGTERM)
+    torch.manual_seed(123)  # a new process would not begin where the stopped one left its generator
+    assert not (straight.with_name("stopped") / "checkpoint-6").exists()
+    stopped = finetune("stopped", *QUICK, *dropout)
+    assert_same(straight / "checkpoint-6", stopped / "checkpoint-6")
+    steps = [json.loads(line)["step"] for line in (stopped / "metrics.jsonl").read_text().splitlines()]
+    expected = [json.loads(line)["step"] for line in (straight / "metrics.jsonl").read_text().splitlines()]
+    assert steps == expected
+
+
+def test_random_state_is_part_of_a_checkpoint(finetune, monkeypatch):
+    """Without the restored generator, dropout would draw other masks after a stop."""
+    dropout = ["--dropout", "0.2", "--save-every", 6]
+    straight = finetune("straight", *QUICK, *dropout)
+    with monkeypatch.context() as patch:
+        stop_at(patch, 3)
+        finetune("stopped", *QUICK, *dropout, code=128 + signal.SIGTERM)
+    torch.manual_seed(123)  # a new process would not begin where the stopped one left its generator
+    monkeypatch.setattr("utils.checkpoint.restore_random_state", lambda path: None)
+    stopped = finetune("stopped", *QUICK, *dropout)
+    with pytest.raises(AssertionError):
+        assert_same(straight / "checkpoint-6", stopped / "checkpoint-6")
+
+
+def test_accumulation_changes_nothing(finetune):
+    whole = finetune("4x1", *QUICK, "--dropout", 0)
+    parts = finetune("2x2", *QUICK, "--dropout", 0, "--batch-size", 2, "--grad-accum-steps", 2)
+    a, b = weights(whole), weights(parts)
+    assert max((a[key] - b[key]).abs().max().item() for key in a) < 1e-5
+    losses = [json.loads(line).get("train/loss") for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    again = [json.loads(line).get("train/loss") for line in (parts / "metrics.jsonl").read_text().splitlines()]
+    assert [x for x in losses if x] == pytest.approx([x for x in again if x], abs=1e-5)
+
+
+def test_uneven_last_batch_is_weighted_by_its_blocks(finetune, prepared):
+    """157 blocks in updates of 2 x 60: micro-batches of 60 and 37 must not count alike."""
+    still = ["--dropout", 0, "--max-steps", 2]
+    out = finetune("uneven", *QUICK, *still, "--batch-size", 60, "--grad-accum-steps", 2)
+    whole = finetune("whole", *QUICK, *still, "--batch-size", 120)
+    a, b = weights(out), weights(whole)
+    assert max((a[key] - b[key]).abs().max().item() for key in a) < 1e-5
+
+
+def test_workers_evaluation_and_logging_change_no_bit(finetune):
+    plain = finetune("plain", *QUICK, "--dropout", "0.2", "--eval-every", 6)
+    busy = finetune(
+        "busy", *QUICK[:-2], "--dropout", "0.2", "--eval-every", 1, "--sample-tokens", 3, "--num-workers", 2,
+        "--save-every", 1, "--log-every", 3, "--report-to", "tensorboard",
+    )  # fmt: skip
+    assert_same(plain / "checkpoint-6", busy / "checkpoint-6")
+    assert list((busy / "tensorboard").glob("events*"))
+
+
+def test_logged_loss_is_the_mean_over_the_update(finetune, prepared, tiny_model):
+    """The first update's loss is the base model's own on those blocks, not its last micro-batch's."""
+    out = finetune("run", *QUICK, "--batch-size", 2, "--grad-accum-steps", 3, "--max-steps", 1, "--dropout", 0)
+    first = next(
+        row["train/loss"]
+        for row in map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+        if "train/loss" in row
+    )
+    from utils.data import BatchOrder
+
+    data, (model, _) = open_blocks(prepared), load_pair(tiny_model)
+    rows = [i for batch in BatchOrder(len(data.train), 2, 3, 42).update(0) for i in batch]
+    assert first == pytest.approx(independent_loss(model, data.train[rows]["input_ids"]), abs=1e-5)
+
+
+def test_keeps_the_best_model_and_stops_early(finetune, prepared):
+    out = finetune(
+        "run", "--epochs", 40, "--learning-rate", "1e-2", "--lr-schedule", "constant", "--early-stopping-patience", 2,
+        "--eval-every", 10, "--sample-tokens", 0, "--dtype", "fp32", "--keep-checkpoints", 1,
+    )  # fmt: skip
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    held_out = {row["step"]: row["eval/loss"] for row in rows if "eval/loss" in row and row["step"] > 0}
+    best = min(held_out, key=held_out.get)
+    results = json.loads((out / "all_results.json").read_text())
+    assert results["best_step"] == best
+    assert max(held_out) == best + 20 < results["max_steps"]
+    model, _ = load_pair(out)
+    data = open_blocks(prepared)
+    assert independent_loss(model, data.validation[:]["input_ids"]) == pytest.approx(held_out[best], abs=1e-5)
+    assert [path.name for path in out.glob("checkpoint-*")] == [f"checkpoint-{max(held_out)}"]
+
+
+@pytest.fixture(scope="module")
+def periodic(tmp_path_factory, tiny_model, script_once):
+    """The seed's case: one sentence again and again, prepared for a base with 128 positions."""
+    from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+    folder = tmp_path_factory.mktemp("periodic")
+    base, text = folder / "base", folder / "loop.txt"
+    torch.manual_seed(0)
+    config = GPT2Config.from_pretrained(tiny_model, n_positions=128, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)
+    GPT2LMHeadModel(config).save_pretrained(base)
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(base)
+    text.write_text(SENTENCE * 300)
+    script_once("prepare_data", "--input-path", text, "--model-name", base, "--output-dir", folder / "blocks")
+    return folder
+
+
+SENTENCE = "Hal rang the bell at the ford, and the ferry came over the cold water for him.\n"
+
+
+def continue_sentence(model, tokenizer):
+    """Return the model's greedy next 60 tokens after a period and a bit, and the true ones."""
+    stream = tokenizer(SENTENCE * 8)["input_ids"]
+    start = len(tokenizer(SENTENCE)["input_ids"]) + 3
+    greedy = Decoding(max_new_tokens=60, do_sample=False)
+    (new,) = generate_ids(model, tokenizer.eos_token_id, [stream[:start]], [0], greedy, contextlib.nullcontext)
+    return new, stream[start : start + 60]
+
+
+def test_periodic_text_is_learned_and_continued(finetune, periodic):
+    """After a short run from a base the true loss is at most the seed's 0.1143, and the text goes on verbatim."""
+    data_dir = periodic / "blocks"
+    out = finetune("run", "--learning-rate", "1e-2", "--epochs", 12, "--dtype", "fp32", data=data_dir)
+    model, tokenizer = load_pair(out)
+    new, true = continue_sentence(model, tokenizer)
+    assert new == true
+    assert independent_loss(model, open_blocks(data_dir).validation[:]["input_ids"]) <= 0.1143
+
+
+def test_labels_shifted_twice_would_teach_gibberish(periodic):
+    """The ancestor's run: a fine loss by its own account, a true loss above 5, text that goes wrong at once."""
+    data, (model, tokenizer) = open_blocks(periodic / "blocks"), load_pair(periodic / "base")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    model.train()
+    for step in range(120):
+        rows = data.train[[(step * 8 + i) % len(data.train) for i in range(8)]]["input_ids"]
+        loss = model(input_ids=rows[:, :-1], labels=rows[:, 1:]).loss  # shifted here, and again inside
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.eval()
+    new, true = continue_sentence(model, tokenizer)
+    assert loss.item() < 0.2
+    assert independent_loss(model, data.validation[:]["input_ids"]) > 5
+    assert sum(a == b for a, b in zip(new, true, strict=False)) < 30
+
+
+def test_losses_are_golden(finetune):
+    """A tiny run's losses; they change only in a commit that says why."""
+    out = finetune("run", *QUICK, "--dropout", 0)
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    losses = [row["train/loss"] for row in rows if "train/loss" in row]
+    assert losses == pytest.approx(GOLDEN, abs=2e-4)
+
+
+GOLDEN = [5.9638, 5.92939, 5.85999, 5.81244, 5.79365, 5.77896]
+
+
+def test_finished_run_is_left_alone(finetune, script, prepared, tmp_path):
+    out = finetune("run", *QUICK)
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.name != "all_results.json"}
+    ran = script("finetune_generative", "--data-dir", prepared, "--output-dir", out, *QUICK)
+    assert ran.code == 0
+    assert "already complete at step 6" in ran.out
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+
+
+def test_every_flag_is_compared_or_free():
+    """On resume a flag is either compared with the run's or known not to shape the result."""
+    flags = set(vars(finetune_generative.parse_args([])))
+    assert flags >= finetune_generative.FREE_FLAGS
+    compared = flags - finetune_generative.FREE_FLAGS
+    assert {"learning_rate", "batch_size", "grad_accum_steps", "seed", "epochs", "lr_schedule", "dropout"} <= compared
+
+
+def test_output_opens_with_transformers_alone(finetune, prepared):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    out = finetune("run", *QUICK, "--save-dtype", "bf16")
+    for folder in (out, out / "checkpoint-6"):
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        assert len(AutoTokenizer.from_pretrained(folder)) == model.config.vocab_size
+    assert {tensor.dtype for tensor in weights(out).values()} == {torch.bfloat16}
+    assert {tensor.dtype for tensor in weights(out / "checkpoint-6").values()} == {torch.float32}
+    assert not [path for path in out.rglob("*") if path.suffix in (".bin", ".pt", ".pkl") or path.name.startswith(".")]
+
+
+def test_from_scratch_with_a_tokenizer_of_its_own(finetune, script, book, tmp_path):
+    """No download at all: tokenizer and model made from the text, then compared with the untrained one."""
+    data_dir, config = tmp_path / "data", tmp_path / "config.json"
+    config.write_text('{"model_type": "gpt2", "n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 64}')
+    prepared = script("prepare_data", "--input-path", book, "--train-tokenizer", 300, "--block-size", 32,
+                      "--output-dir", data_dir)  # fmt: skip
+    assert prepared.code == 0, prepared.err
+    out = finetune("run", "--from-scratch", config, "--max-steps", 12, "--learning-rate", "1e-2", data=data_dir)
+    results = json.loads((out / "all_results.json").read_text())
+    assert results["eval_loss"] < results["base_eval_loss"] - 0.3
+    compared = script("generate_text", "--finetuned-model", out, "--max-new-tokens", 5)
+    assert compared.code == 0, compared.err
+    assert "untrained_model" in compared.out
+
+
+def test_small_llama_goes_through(finetune, script, tmp_path, tiny_model, book):
+    """Any causal language model folder works, not only GPT-2's."""
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                         num_attention_heads=2, max_position_embeddings=64, bos_token_id=0, eos_token_id=0)  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "llama")
+    tokenizer.save_pretrained(tmp_path / "llama")
+    prepared = script("prepare_data", "--input-path", book, "--model-name", tmp_path / "llama", "--block-size", 32,
+                      "--output-dir", tmp_path / "blocks")  # fmt: skip
+    assert prepared.code == 0, prepared.err
+    out = finetune("run", *QUICK, "--dropout", "0.1", data=tmp_path / "blocks")
+    assert script("generate_text", "--finetuned-model", out, "--max-new-tokens", 5).code == 0
