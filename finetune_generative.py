@@ -296,10 +296,10 @@ def start_run(args, settings, data, base):
 
     from utils.checkpoint import save_best
     from utils.metrics import write_run_config
-    from utils.model import DTYPES, check_positions
+    from utils.model import DTYPES, check_fit
 
     model, tokenizer = load_start(args, data, base)
-    check_positions(model, data.block_size)
+    check_fit(model, data)
     torch.manual_seed(args.seed)
     if args.overwrite and args.output_dir.is_dir():
         shutil.rmtree(args.output_dir)  # only now: everything that could be refused has been
@@ -322,10 +322,11 @@ def main():
     from utils.model import load_pair, pick_device, set_dropout
     from utils.optim import build_optimizer
 
-    is_ours = (args.output_dir / "run_config.json").is_file()
-    check_output_dir(args.output_dir, is_ours, "finetune_generative.py", args.overwrite)
     device = pick_device(args.device)
     data = open_blocks(args.data_dir)
+    is_ours = (args.output_dir / "run_config.json").is_file()
+    inputs = [args.data_dir, args.model_name or data.manifest["model_name"] or ""]
+    check_output_dir(args.output_dir, is_ours, "finetune_generative.py", args.overwrite, inputs)
     plan = Plan(args, data, device)
     base = args.model_name or data.manifest["model_name"]
     base = str(args.output_dir / "untrained_model") if args.from_scratch else base

@@ -114,7 +114,7 @@ def collect_prompts(args, data, tokenizer):
 
     texts = list(args.prompt or [])
     if args.prompts_file:
-        texts += [line for line in read_book(args.prompts_file)[0].splitlines() if line.strip()]
+        texts += [line for line in read_book(args.prompts_file)[0].split("\n") if line.strip()]
     given = bool(texts)
     prompts = [{"prompt": text, "author": None} for text in (texts if given else DEFAULT_PROMPTS)]
     for prompt in prompts:
@@ -184,7 +184,7 @@ def main():
     args = parse_args()
     from utils.files import write_text
     from utils.hub import position_limit
-    from utils.model import autocast, load_pair, pick_device, pick_dtype
+    from utils.model import autocast, check_fit, load_pair, pick_device, pick_dtype
     from utils.report import render_comparison, render_terminal
 
     base_dir, tuned_dir, data_dir = find_models(args)
@@ -203,7 +203,10 @@ def main():
     tokenizer = models["finetuned"][1]
     data = open_held_out(args, data_dir, tokenizer)
     prompts = collect_prompts(args, data, tokenizer)
-    fit_prompts(args, prompts, position_limit(models["finetuned"][0].config.to_dict()))
+    for model, _ in models.values():
+        if data:
+            check_fit(model, data)
+        fit_prompts(args, prompts, position_limit(model.config.to_dict()))
 
     scores, samples = {}, []
     for name, (model, _) in models.items():

@@ -247,7 +247,7 @@ def main():
     from utils.tokens import fingerprint_tokenizer, train_tokenizer
 
     is_ours = (args.output_dir / MANIFEST).is_file()
-    check_output_dir(args.output_dir, is_ours, "prepare_data.py", args.overwrite)
+    check_output_dir(args.output_dir, is_ours, "prepare_data.py", args.overwrite, [args.model_name])
     books, n_held_out = read_books(args)
     tokenizer = None if args.train_tokenizer else tokenizer_of_model(args)
     settings = settings_of(args, books, n_held_out, tokenizer)

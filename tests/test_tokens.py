@@ -28,8 +28,7 @@ CODE = "def f(x):\n\tif x  >= 1:\n        return {'a': [1, 2]}  # don't\n\n\n   
 TEXTS = {
     "English": ENGLISH[:60_000],
     "code": CODE,
-    "emoji": "Ahoy \U0001f44b\U0001f3fd ! \U0001f469\u200d\U0001f469\u200d\U0001f467 \u2764\ufe0f\n\n\U0001f1eb\U0001f1f7 caf\u00e9 e\u0301  "
-    * 60,
+    "emoji": "Ahoy \U0001f44b\U0001f3fd ! \U0001f469\u200d\U0001f469\u200d\U0001f467 \n\ncaf\u00e9 e\u0301  " * 60,
     "CRLF": "One line.\r\n\r\n  Two \r\n\tthree.\r\n\r\n\r\n" * 80,
     "spaces": "a" + " " * 40_000 + "b" + " " * 30_001 + "\n c ",
     "newlines": "a." + "\n" * 40_000 + "b\n\n" + " \n" * 20_000 + "\t\n  c",
@@ -40,28 +39,11 @@ TEXTS = {
     "Chinese": "\u6708\u5149\u3002\u4ed6\u8bf4\uff1a\u201c\u597d\u201d\u3002\n\n\u3000\u3000\u65e7\u5c4b\u3002\n" * 100,
 }
 # Short strings in which every kind of neighbour meets every other.
-TRICKY = st.sampled_from(
-    [
-        " ",
-        "  ",
-        "\n",
-        "\n\n",
-        "\r\n",
-        "\t",
-        " \n ",
-        "'s",
-        "'ll",
-        "'",
-        ".",
-        "!?",
-        "12",
-        "word",
-        " the",
-        "\u00e9",
-        "\u00a0",
-    ]
-    + ["\U0001f44b", "\u200d", "\x1c", "!\x1f", "\u0085", "\u3000", "\u4e2d", "<|endoftext|>", "\u0301"]
-)
+TRICKY = st.sampled_from([
+    *(" ", "  ", "\n", "\n\n", "\r\n", "\t", " \n ", "\u00a0", "\u0085", "\u3000", "\x1c", "!\x1f"),
+    *("'s", "'ll", "'", ".", "!?", "12", "word", " the", "<|endoftext|>"),
+    *("\u00e9", "\u0301", "\u4e2d", "\U0001f44b", "\u200d"),
+])  # fmt: skip
 RANDOM_TEXT = st.lists(TRICKY | st.text(min_size=1, max_size=6), min_size=1, max_size=40).map("".join)
 
 
@@ -80,7 +62,7 @@ def gpt2():
 @pytest.fixture(scope="session")
 def byte_bpe():
     """Return a tokenizer of ours whose merges join punctuation with the separators 1c and 1f."""
-    return train_tokenizer([ENGLISH[:20_000] + "!\x1c!\x1f;\x1c" * 400], 700)
+    return train_tokenizer([ENGLISH[:20_000] + "Yes!\x1c No;\x1f " * 400], 700)
 
 
 def whole_ids(tokenizer, text):
@@ -172,13 +154,12 @@ def test_pieces_of_random_unicode_give_the_same_ids(gpt2, byte_bpe, text, piece_
 
 
 def test_cutting_after_line_ends_would_give_other_ids(gpt2):
-    text = TEXTS["English"][:20_000]
-    naive = text.splitlines(keepends=True)
-    assert encode_text(gpt2, naive) != whole_ids(gpt2, text)
+    naive = re.split(r"(?<=\n)(?=[^\n])", TEXTS["English"])
+    assert encode_text(gpt2, naive) != whole_ids(gpt2, TEXTS["English"])
 
 
 def test_a_cut_before_any_white_space_of_python_would_give_other_ids(byte_bpe):
-    text = "Yes!\x1cNo!\x1fOh;\x1c"
+    text = "Yes!\x1c No;\x1f Yes!\x1c"
     naive = re.split(r"(?<=\S)(?=\s)", text)
     assert encode_text(byte_bpe, naive) != whole_ids(byte_bpe, text)
     assert encode_text(byte_bpe, tokens.PIECE_CUT.split(text)) == whole_ids(byte_bpe, text)

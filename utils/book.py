@@ -132,12 +132,13 @@ def _refuse_other_formats(raw: bytes, name: str) -> None:
     zeros = raw.count(0)
     if raw and zeros == len(raw):
         raise UserError(f"{name} has only zero bytes; the file is damaged")
+    order = "LE" if raw[:1] != b"\0" else "BE"
     if len(raw) >= 8 and zeros > 0.7 * len(raw):
-        raise UserError(f"{name} looks like UTF-32 without a mark; convert it: iconv -f UTF-32LE -t UTF-8")
+        raise UserError(f"{name} looks like UTF-32 without a mark; convert it: iconv -f UTF-32{order} -t UTF-8")
     if len(raw) >= 4 and zeros > 0.4 * len(raw):
         raise UserError(
             f"{name} looks like UTF-16 without a mark (half of its bytes are zero); "
-            "convert it: iconv -f UTF-16LE -t UTF-8"
+            f"convert it: iconv -f UTF-16{order} -t UTF-8"
         )
 
 

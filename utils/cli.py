@@ -13,6 +13,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any, NoReturn
 
 EXIT_INPUT = 2
@@ -41,6 +42,9 @@ class HelpFormatter(argparse.HelpFormatter):
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=32, width=100)
+
+    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
+        return "DIR" if isinstance(action.default, Path) else "N" if "number" in str(action.type) else "VALUE"
 
     def _get_help_string(self, action: argparse.Action) -> str:
         text = action.help or ""
@@ -169,8 +173,8 @@ def warn(message: str) -> None:
 def run(main: Callable[[], int | None]) -> NoReturn:
     """Run a script's main function and leave with its exit status.
 
-    A UserError and the machine's own failures become one line on stderr; anything else is a
-    defect of this program and keeps its traceback.
+    A UserError, the machine's own failures and a file that the system refuses become one line on
+    stderr; anything else is a defect of this program and keeps its traceback.
     """
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # a terminal without UTF-8 is no reason to stop
@@ -186,12 +190,14 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         # The reader (| head) has left; without this, Python complains once more at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
-        if error.errno not in MACHINE_ERRNOS:
+        broken, name = error.errno in MACHINE_ERRNOS, str(error.filename or "")
+        if not broken and not (name and error.errno):
             raise
-        where = f"{error.filename}: " if error.filename else "cannot write output: "
-        code = _report(where + os.strerror(error.errno).lower(), EXIT_MACHINE)
-        sys.stderr.flush()
-        os._exit(code)  # flushing a full stdout again at exit would print a second message
+        where = f"{name[:60]}..." if len(name) > 120 else name or "cannot write output"
+        reason = os.strerror(error.errno).lower()
+        code = _report(f"{where}: {reason}", EXIT_MACHINE if broken else EXIT_INPUT)
+        if broken:
+            os._exit(code)  # flushing a full stdout again at exit would print a second message
     sys.exit(code)
 
 

@@ -39,7 +39,10 @@ def save_blocks(tokens: dict[str, np.ndarray], block_size: int, folder: Path) ->
         # A fingerprint from the content: the same book gives the same files, byte for byte.
         digest = hashlib.sha256(whole.tobytes()).hexdigest()[:16]
         splits[split] = Dataset(pa.table({"input_ids": rows}), fingerprint=digest)
-    DatasetDict(splits).save_to_disk(folder)
+    # datasets writes no file at all for an empty split, and then cannot open it.
+    DatasetDict(splits).save_to_disk(
+        folder, num_shards={name: None if len(rows) else 1 for name, rows in splits.items()}
+    )
     enable_progress_bars()
 
 
@@ -114,6 +117,14 @@ class Blocks:
         counts = self.manifest["splits"]["validation"]
         return counts["bytes"] / counts["tokens"] if counts["tokens"] else 0.0
 
+    def id_range(self) -> tuple[int, int]:
+        """Return the least and the greatest token id."""
+        import pyarrow.compute as pc
+
+        splits = [split.data.column("input_ids") for split in (self.train, self.validation) if len(split)]
+        ranges = [pc.min_max(pc.list_flatten(column)).as_py() for column in splits]
+        return min(ids["min"] for ids in ranges), max(ids["max"] for ids in ranges)
+
     def openings(self, count: int, prompt_tokens: int, next_tokens: int) -> list[tuple[list[int], list[int]]]:
         """Return beginnings of validation passages and what the author wrote next.
 
@@ -146,12 +157,14 @@ def read_manifest(folder: Path) -> dict:
         raise UserError(f"data: {folder} was not made by prepare_data.py")
     manifest = read_json(folder / MANIFEST)
     try:
-        newer = manifest["format"] > FORMAT
-        manifest["splits"]["train"]["blocks"], manifest["files"].items(), manifest["block_size"] + 0
-    except (KeyError, TypeError, AttributeError):
+        if manifest["format"] > FORMAT:
+            raise UserError(f"data: format {manifest['format']} is newer than this program ({FORMAT})")
+        counts = [manifest["block_size"] - 2, *(split["blocks"] for split in manifest["splits"].values())]
+        manifest["tokenizer"]["sha256"], next(name for name in manifest["files"] if name.startswith("train/data"))
+        if min(counts + [entry["bytes"] for entry in manifest["files"].values()]) < 0:
+            raise ValueError
+    except (KeyError, TypeError, AttributeError, ValueError, StopIteration):
         raise UserError(f"{folder / MANIFEST} is damaged; run prepare_data.py again") from None
-    if newer:
-        raise UserError(f"data: format {manifest['format']} is newer than this program ({FORMAT})")
     return manifest
 
 

@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -78,6 +78,7 @@ def building(target: Path) -> Iterator[Path]:
     """Give an empty folder beside target to build in; it is synced at the end, and removed on error."""
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # a killed run's leftover
+    missing = [parent for parent in partial.parents if not parent.exists()]
     partial.mkdir(parents=True)
     try:
         yield partial
@@ -88,6 +89,8 @@ def building(target: Path) -> Iterator[Path]:
         sync(partial)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
+        for parent in missing:
+            parent.rmdir()
         raise
 
 
@@ -145,7 +148,7 @@ def verify_files(folder: Path, files: dict[str, dict]) -> str | None:
     return None
 
 
-def check_output_dir(path: Path, is_ours: bool, maker: str, overwrite: bool) -> None:
+def check_output_dir(path: Path, is_ours: bool, maker: str, overwrite: bool, inputs: Iterable = ()) -> None:
     """Refuse an output folder that is not safe to write.
 
     Args:
@@ -153,8 +156,9 @@ def check_output_dir(path: Path, is_ours: bool, maker: str, overwrite: bool) -> 
         is_ours: it carries this program's mark.
         maker: the script's name, for the message.
         overwrite: the user allowed replacing what is there.
+        inputs: folders that are read; names of what is no folder here are left aside.
     Raises:
-        UserError: a file, a link, a place like / or home, or a folder with other content.
+        UserError: a file, a link, a place like / or home, a folder with other content or with an input.
     """
     if path.is_symlink():
         raise UserError(f"output-dir: {path} is a symbolic link to {os.readlink(path)}; give that")
@@ -163,8 +167,15 @@ def check_output_dir(path: Path, is_ours: bool, maker: str, overwrite: bool) -> 
     full = path.resolve()
     if full in (Path("/"), Path.home().resolve()) or Path.cwd().resolve().is_relative_to(full):
         raise UserError(f"output-dir: refusing to use {path}; give a folder of its own")
+    for given in filter(os.path.isdir, inputs):
+        folder = Path(given).resolve()
+        if full.is_relative_to(folder) or folder.is_relative_to(full):
+            raise UserError(f"output-dir: refusing to use {path}; {given} is read, give a folder of its own")
     if path.is_dir() and any(path.iterdir()) and not is_ours and not overwrite:
         raise UserError(f"output-dir: {path} is not empty and not made by {maker}; use another or --overwrite")
+    link = next((p for p in path.glob("*") if p.is_symlink()), None)
+    if link:
+        raise UserError(f"output-dir: {link} is a symbolic link; remove it")
     parent = next(p for p in (full, *full.parents) if p.exists())
     if not os.access(parent, os.W_OK | os.X_OK):
         raise UserError(f"output-dir: {path} is not writable")

@@ -170,11 +170,14 @@ def new_model(config_path: Path, tokenizer, seed: int):
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
 
-def check_positions(model, block_size: int) -> None:
-    """Refuse blocks that are longer than the model's context."""
-    limit = position_limit(model.config.to_dict())
-    if limit and block_size > limit:
-        raise UserError(f"data has blocks of {block_size} tokens; the model takes {limit}")
+def check_fit(model, data) -> None:
+    """Refuse data with blocks longer than the model's context, or with ids that it does not know."""
+    limit, rows = position_limit(model.config.to_dict()), model.get_input_embeddings().weight.shape[0]
+    if limit and data.block_size > limit:
+        raise UserError(f"data has blocks of {data.block_size} tokens; the model takes {limit}")
+    for token_id in data.id_range():
+        if not 0 <= token_id < rows:
+            raise UserError(f"data has token id {token_id}; the model knows 0 to {rows - 1}")
 
 
 def set_dropout(model, rate: float) -> None:
