@@ -139,11 +139,18 @@ def test_planned_intervals_are_in_order_inside_and_apart(n_chars, val_split, see
     assert ends == sorted(ends)
     assert not ends or (ends[0] >= 0 and ends[-1] <= n_chars)
     assert sum(b - a for a, b in intervals) == pytest.approx(val_split * n_chars, abs=len(intervals) + 1)
+    assert not intervals or len(intervals) >= 3
     third = n_chars / 3
-    if intervals:
-        assert len(intervals) >= 3
+    if val_split * n_chars >= 3:
         for part in range(3):
-            assert any(a < third * (part + 1) and b > third * part for a, b in intervals) or n_chars < 20
+            assert any(a < third * (part + 1) and b > third * part for a, b in intervals)
+
+
+def test_each_third_has_a_passage_however_many_there_are():
+    for n_chars in range(10_000, 300_000, 5_000):
+        for seed in range(20):
+            middles = [(a + b) / 2 / n_chars for a, b in plan_validation(n_chars, 0.1, seed)]
+            assert {int(3 * place) for place in middles} == {0, 1, 2}
 
 
 @pytest.mark.parametrize("val_split", [0.05, 0.1, 0.2, 0.5])
@@ -176,6 +183,19 @@ def test_the_share_is_kept_over_several_books(sample):
     held_out = [p for passages in found for p in passages if p.split == "validation"]
     assert {p.book_index for p in held_out} == {0, 1, 2}
     assert sum(len(p.text) for p in held_out) == pytest.approx(0.1 * len(sample), rel=0.3)
+
+
+def test_a_passage_planned_across_two_books_is_kept_in_both():
+    found = [list(split_book("x" * 100, index, 100 * index, [(90, 130), (150, 160)])) for index in (0, 1)]
+    check_cover(["x" * 100] * 2, found)
+    held_out = [[(p.start, p.end) for p in passages if p.split == "validation"] for passages in found]
+    assert held_out == [[(90, 100)], [(0, 30), (50, 60)]]
+
+
+def test_overlapping_intervals_still_cover_each_character_once():
+    found = list(split_book("x" * 100, 0, 0, [(10, 50), (49, 80), (60, 70)]))
+    check_cover(["x" * 100], [found])
+    assert [(p.start, p.end) for p in found if p.split == "validation"] == [(10, 50), (50, 80)]
 
 
 def test_the_indent_of_a_paragraph_stays_with_it():

@@ -1,5 +1,6 @@
 """Blocks: what is stored is the text, overlap equals a brute-force count, batches are arithmetic."""
 
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from utils import data
-from utils.book import read_book
+from utils.book import plan_validation, read_book, split_book
 from utils.cli import UserError
 from utils.data import BatchOrder, Blocks, hash_runs, measure_overlap, open_blocks
 from utils.files import MANIFEST, read_json
@@ -32,7 +33,7 @@ def three_books(tmp_path_factory, prepare, tiny_model):
     paths = [root / name for name in ("c.txt", "a.txt", "b.txt")]
     for path, text in zip(paths, [first, second, make_book(60)[::-1]], strict=True):
         path.write_text(text, encoding="utf-8")
-    folder = prepare(root / "blocks", paths, tiny_model, "--block-size", 16, "--val-split", 0.25)
+    folder = prepare(root / "blocks", paths, tiny_model, "--block-size", 16, "--val-split", 0.25, "--seed", 49)
     return paths, folder
 
 
@@ -92,6 +93,17 @@ def test_decoding_gives_back_every_passage_of_three_books(three_books, tiny_mode
     check_text(folder, paths, load_tokenizer(tiny_model))
 
 
+def test_the_passages_are_those_that_the_plan_chose_over_all_books(three_books):
+    texts = [read_book(path)[0] for path in three_books[0]]
+    offsets = [0, *itertools.accumulate(map(len, texts))]
+    intervals = plan_validation(offsets.pop(), 0.25, 49)
+    planned = [p for i, text in enumerate(texts) for p in split_book(text, i, offsets[i], intervals)]
+    spans = read_json(three_books[1] / MANIFEST)["spans"]
+    assert [(s["split"], s["book"], *s["chars"]) for s in spans] == [
+        (p.split, p.book_index, p.start, p.end) for p in planned
+    ]
+
+
 def test_end_of_text_stands_exactly_between_books(three_books, tiny_model):
     _, folder = three_books
     blocks, eos = open_blocks(folder), load_tokenizer(tiny_model).eos_token_id
@@ -104,7 +116,7 @@ def test_end_of_text_stands_exactly_between_books(three_books, tiny_model):
         assert [place for place, token in enumerate(stream) if token == eos] == expected
         # Nothing else stands between the passages.
         mine = [s["tokens"] for s in spans if s["split"] == split]
-        for (_, end), (start, _) in zip(mine, mine[1:], strict=False):
+        for (_, end), (start, _) in itertools.pairwise(mine):
             assert start == end + (end in expected)
 
 
@@ -115,7 +127,7 @@ def test_blocks_open_as_tensors_and_counts_agree(which, prepared, three_books):
     folder = prepared if which == "one" else three_books[1]
     manifest = read_json(folder / MANIFEST)
     size = manifest["block_size"]
-    opened = load_from_disk(str(folder)).with_format("torch")
+    opened, ends = load_from_disk(str(folder)).with_format("torch"), 0
     assert sorted(opened) == ["train", "validation"]
     assert opened["train"].column_names == ["input_ids"]
     for split in SPLITS:
@@ -128,9 +140,9 @@ def test_blocks_open_as_tensors_and_counts_agree(which, prepared, three_books):
         assert counts["passages"] == len(spans)
         assert counts["chars"] == sum(b - a for a, b in (s["chars"] for s in spans))
         assert counts["bytes"] == sum(s["bytes"] for s in spans)
-        n_ends = counts["tokens"] - sum(b - a for a, b in (s["tokens"] for s in spans))
-        assert n_ends in (0, 1)
+        ends += counts["tokens"] - sum(b - a for a, b in (s["tokens"] for s in spans))
         assert ids.max() < manifest["tokenizer"]["size"]
+    assert ends == len(manifest["books"]) - 1
     chars = sum(manifest["splits"][split]["chars"] for split in SPLITS)
     assert chars == sum(b["chars"] for b in manifest["books"])
 
@@ -192,8 +204,8 @@ def blocks_of_passages(n_passages, n_tokens, block_size=4):
     ("count", "chosen"), [(0, []), (1, [0]), (2, [0, 2]), (3, [0, 1, 3]), (5, [0, 1, 2, 3, 4]), (9, [0, 1, 2, 3, 4])]
 )
 def test_openings_are_spread_over_the_passages(count, chosen):
-    pairs = blocks_of_passages(5, 11).openings(count, 3, 6)
-    starts = [11 * i for i in chosen]
+    pairs = blocks_of_passages(5, 12).openings(count, 3, 6)
+    starts = [12 * i for i in chosen]
     assert pairs == [(list(range(s, s + 3)), list(range(s + 3, s + 9))) for s in starts]
 
 
@@ -201,14 +213,17 @@ def test_passages_too_short_for_an_opening_are_passed_over():
     assert blocks_of_passages(5, 11).openings(2, 3, 9) == []
     # 55 tokens in blocks of 4: the last 3 were left out, so the last passage has 8.
     assert len(blocks_of_passages(5, 11).openings(9, 3, 5)) == 5
-    assert len(blocks_of_passages(5, 11).openings(9, 3, 6)) == 4 + 0
+    assert len(blocks_of_passages(5, 11).openings(9, 3, 6)) == 4
 
 
 def test_a_data_folder_is_opened_as_it_was_written(prepared):
     blocks = open_blocks(prepared)
     assert blocks.block_size == 32
+    assert all(getattr(blocks, split)[:]["input_ids"].dtype == torch.int64 for split in SPLITS)
     counts = blocks.manifest["splits"]["validation"]
     assert blocks.bytes_per_token == counts["bytes"] / counts["tokens"]
+    ids = [token for split in SPLITS for token in stream_of(blocks, split)]
+    assert blocks.id_range() == (min(ids), max(ids))
 
 
 @pytest.mark.parametrize("place", [0, 0.3, 0.5, 0.9, -1])
@@ -324,7 +339,7 @@ def test_two_runs_have_one_hash_when_they_are_equal_and_only_then(ids, run):
 )
 def test_every_block_once_an_epoch_from_any_step(n_blocks, batch_size, grad_accum_steps, seed, first_step):
     settings_ = (n_blocks, batch_size, grad_accum_steps, seed)
-    order = BatchOrder(*settings_, 0, 10_000)
+    order = BatchOrder(*settings_)
     for epoch in range(3):
         steps = range(epoch * order.steps_per_epoch, (epoch + 1) * order.steps_per_epoch)
         updates = [order.update(step) for step in steps]
@@ -336,16 +351,16 @@ def test_every_block_once_an_epoch_from_any_step(n_blocks, batch_size, grad_accu
         full = batch_size * grad_accum_steps
         assert all(sum(map(len, update)) == full for update in updates[:-1])
     # Any update can be had alone, in any order of asking, and iteration starts anywhere.
-    alone = [BatchOrder(*settings_, 0, 1).update(step) for step in range(first_step, first_step + 9)]
-    resumed = list(BatchOrder(*settings_, first_step, first_step + 9))
+    alone = [BatchOrder(*settings_).update(step) for step in range(first_step, first_step + 9)]
+    resumed = list(BatchOrder(*settings_).batches(first_step, first_step + 9))
     assert resumed == [batch for update in alone for batch in update]
-    whole = list(BatchOrder(*settings_, 0, first_step + 9))
+    whole = list(BatchOrder(*settings_).batches(0, first_step + 9))
     assert whole[len(whole) - len(resumed) :] == resumed
 
 
 def test_each_epoch_and_each_seed_has_its_own_order():
     def first_epochs(seed):
-        return [tuple(BatchOrder(40, 40, 1, seed, 0, 9).update(epoch)[0]) for epoch in range(4)]
+        return [tuple(BatchOrder(40, 40, 1, seed).update(epoch)[0]) for epoch in range(4)]
 
     assert len({*first_epochs(1), *first_epochs(2)}) == 8
     assert first_epochs(1) == first_epochs(1)
@@ -355,5 +370,5 @@ def test_each_epoch_and_each_seed_has_its_own_order():
 def test_accumulation_divides_the_same_update():
     """4 x 1 and 2 x 2 are the same blocks in the same order."""
     for step in range(30):
-        wide, deep = (BatchOrder(37, b, a, 5, 0, 30).update(step) for b, a in ((4, 1), (2, 2)))
-        assert sum(wide, []) == sum(deep, [])
+        wide, deep = (BatchOrder(37, b, a, 5).update(step) for b, a in ((4, 1), (2, 2)))
+        assert [*itertools.chain(*wide)] == [*itertools.chain(*deep)]

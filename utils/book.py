@@ -176,6 +176,7 @@ def plan_validation(n_chars: int, val_split: float, seed: int) -> list[tuple[int
     if size == 0:
         return []
     count = max(3, round(math.sqrt(size) / 20))
+    count += count == 4  # four places could all miss the middle third of the book
     part, length = n_chars / count, size / count
     rng = random.Random(seed)
     starts = [part * i + rng.random() * (part - length) for i in range(count)]
@@ -214,7 +215,6 @@ def split_book(text: str, book_index: int, offset: int, intervals: list[tuple[in
     position, pieces = 0, []
     for wanted_start, wanted_end in mine:
         start = _nearest(cuts, max(wanted_start, position))
-        start = start if start >= position else position
         end = _nearest(cuts, min(wanted_end, len(text)))
         if end > start:
             pieces += [("train", position, start), ("validation", start, end)]

@@ -179,7 +179,10 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # a terminal without UTF-8 is no reason to stop
     try:
-        code = main() or 0
+        try:
+            code = main() or 0
+        except SystemExit as left:  # --help
+            code = left.code
         sys.stdout.flush()
     except UserError as error:
         code = _report(str(error), error.code)
@@ -205,5 +208,8 @@ def _report(message: str, code: int) -> int:
     line = " ".join(f"error: {message}".split())
     if len(line) > MAX_ERROR_CHARS:
         line = line[: MAX_ERROR_CHARS - 3] + "..."
+    if "tqdm" in sys.modules:  # an open progress bar would stand before the message, on its line
+        for bar in list(sys.modules["tqdm"].tqdm._instances):
+            bar.close()
     print(line, file=sys.stderr, flush=True)
     return code

@@ -39,7 +39,7 @@ def load_tokenizer(folder: Path):
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"tokenizer: {folder} cannot be loaded: {error}") from None
+        raise UserError(f"tokenizer: {folder} is damaged, it cannot be loaded: {error}") from None
     except Exception as error:  # the Rust library raises bare Exception for a wrong tokenizer.json
         if type(error) is not Exception:
             raise
@@ -53,7 +53,10 @@ def _refuse_damaged(path: Path) -> None:
     if not path.is_file():
         return
     try:
-        json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(json.loads(path.read_text(encoding="utf-8")), dict):
+            raise UserError(f"tokenizer: {path} is damaged: not a JSON object")
+    except RecursionError:
+        raise UserError(f"tokenizer: {path} is damaged: nested too deeply") from None
     except json.JSONDecodeError as error:
         where = f"line {error.lineno} column {error.colno}"
         raise UserError(f"tokenizer: {path} is damaged: {where}") from None
