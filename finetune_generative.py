@@ -110,9 +110,11 @@ def find_unfinished(args, settings):
     before = read_json(config).get("settings", {})
     for name in settings:
         if before.get(name) != settings[name]:
-            flag = "the data" if name == "data_sha256" else f"--{name.replace('_', '-')} {settings[name]}"
-            was = "differs from the run's" if name == "data_sha256" else f"but the run has {before.get(name)}"
-            raise UserError(f"resume: {flag} {was}; use the same, another --output-dir, or --overwrite")
+            now, was = str(settings[name]), str(before.get(name))
+            what = f"--{name.replace('_', '-')} {now} but the run has {was}"
+            if name == "data_sha256":
+                what = f"data differs from the run's (sha256 {now[:8]} not {was[:8]})"
+            raise UserError(f"resume: {what}; use the same, another --output-dir, or --overwrite")
     return find_checkpoint(args.output_dir)
 
 

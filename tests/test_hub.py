@@ -119,3 +119,20 @@ def test_flag_mistakes_are_found_before_torch_is_imported():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout.split() == ["2", "False", "False"]
+
+
+def test_hub_naming_of_gpt2_loads_whole(tmp_path, tiny_model):
+    """The hub's gpt2 names its tensors without 'transformer.', and stores masks that are no parameters."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    from utils.model import load_model
+
+    folder = shutil.copytree(tiny_model, tmp_path / "hub_style")
+    tensors = load_file(folder / "model.safetensors")
+    renamed = {name.removeprefix("transformer."): value for name, value in tensors.items()}
+    renamed |= {f"h.{layer}.attn.bias": torch.ones(1, 1, 64, 64).tril() for layer in range(2)}
+    save_file(renamed, folder / "model.safetensors", metadata={"format": "pt"})
+    loaded = dict(load_model(folder).named_parameters())
+    assert all(torch.equal(loaded[name], value) for name, value in tensors.items() if name in loaded)
+    assert len(loaded) == len(tensors)

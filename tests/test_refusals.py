@@ -808,7 +808,7 @@ def other_model(here, book, tiny_model, script):
 
 
 REFUSED_RESUMES = [
-    ("F63", other_data, ("resume: the data differs from the run's", "--overwrite")),
+    ("F63", other_data, ("resume: data differs from the run's (sha256 ", " not ", "--overwrite")),
     ("F64", other_model, ("resume: --model-name other but the run has", "--overwrite")),
     ("F65-rate", ["--learning-rate", "1e-4"], "resume: --learning-rate 0.0001 but the run has 5e-05"),
     ("F65-batch", ["--batch-size", 3], "resume: --batch-size 3 but the run has 2"),
