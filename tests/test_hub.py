@@ -33,7 +33,7 @@ def refused_network(monkeypatch):
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    monkeypatch.setattr(subprocess, "run", refuse)
+    monkeypatch.setattr("utils.hub._ask", refuse)
 
 
 def test_gpt2_opens_from_the_cache_with_the_network_refused(cached_gpt2, refused_network, script, book):
