@@ -11,6 +11,7 @@ import math
 import shutil
 import signal
 import time
+from contextlib import closing
 from pathlib import Path
 
 from utils.cli import EXIT_DIVERGED, EXIT_MACHINE, Parser, UserError, print_table, real_number, run, warn
@@ -152,53 +153,51 @@ def train(args, plan, model, tokenizer, data, optimizer, state):
                         num_workers=args.num_workers, pin_memory=plan.device.type == "cuda",
                         generator=torch.Generator())  # fmt: skip
     batches = iter(loader)
-    bar = tqdm(total=plan.max_steps, initial=state.step, unit="step", desc="training")
     stopping, started, resumed_at = StopSignal(), time.monotonic() - state.seconds, state.step
     model.train()
-    while True:
-        last = state.step == plan.max_steps
-        due = state.step % plan.eval_every == 0 and state.step > resumed_at
-        if due or last or state.step == 0:  # 1 evaluate; step 0 measures the base model
-            result = evaluate(args, plan, model, data)
-            if is_better(result, state):
-                state.best_step, state.best_metrics, state.evals_without_gain = state.step, result, 0
-                save_best(args.output_dir, model, tokenizer, DTYPES[args.save_dtype])
-            log.write(state.step, result)
-            tqdm.write(f"step {state.step}: {describe(result)}{sample(args, plan, model, tokenizer)}")
-            last = last or state.evals_without_gain == (args.early_stopping_patience or math.inf)
-        state.seconds, state.finished = time.monotonic() - started, last
-        if last or stopping or (state.step % plan.save_every == 0 and state.step > resumed_at):  # 2 save
-            save_checkpoint(args.output_dir, model, tokenizer, optimizer, state, args.keep_checkpoints)
-        if last or stopping:  # 3 stop
-            break
-        step_started = time.monotonic()
-        lr = plan.schedule(state.step)  # 4 learning rate
-        set_lr(optimizer, lr)
-        micro_batches = plan.order.update(state.step)
-        n_blocks = sum(map(len, micro_batches))
-        mean_loss = torch.zeros((), device=model.device)
-        for _ in micro_batches:  # 5 accumulate, weighted by tokens
-            input_ids = next(batches)["input_ids"].to(model.device, non_blocking=True)
-            with plan.autocast():
-                loss = model(input_ids=input_ids, labels=input_ids, use_cache=False).loss  # shifts inside
-            loss = loss * (len(input_ids) / n_blocks)
-            loss.backward()
-            mean_loss += loss.detach()
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm).item()
-        train_loss = mean_loss.item()
-        require_finite(args, state, lr, train_loss, grad_norm)  # 6 refuse NaN before the update
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        state.step += 1  # 7 count, then log
-        state.tokens += n_blocks * data.block_size
-        speed = n_blocks * data.block_size / (time.monotonic() - step_started)
-        if state.step % args.log_every == 0:
-            figures = {"loss": train_loss, "lr": lr, "grad_norm": grad_norm, "tokens_per_sec": round(speed, 1)}
-            log.write(state.step, {f"train/{name}": value for name, value in figures.items()})
-        bar.set_postfix_str(f"loss {train_loss:.3f}, lr {lr:.1e}, {speed:,.0f} tokens/s", refresh=False)
-        bar.update()
-    bar.close()
-    log.close()
+    with tqdm(total=plan.max_steps, initial=state.step, unit="step", desc="training") as bar, closing(log):
+        while True:
+            last = state.step == plan.max_steps
+            due = state.step % plan.eval_every == 0 and state.step > resumed_at
+            if due or last or state.step == 0:  # 1 evaluate; step 0 measures the base model
+                result = evaluate(args, plan, model, data)
+                if is_better(result, state):
+                    state.best_step, state.best_metrics, state.evals_without_gain = state.step, result, 0
+                    save_best(args.output_dir, model, tokenizer, DTYPES[args.save_dtype])
+                log.write(state.step, result)
+                tqdm.write(f"step {state.step}: {describe(result)}{sample(args, plan, model, tokenizer)}")
+                last = last or state.evals_without_gain == (args.early_stopping_patience or math.inf)
+            state.seconds, state.finished = time.monotonic() - started, last
+            if last or stopping or (state.step % plan.save_every == 0 and state.step > resumed_at):  # 2 save
+                save_checkpoint(args.output_dir, model, tokenizer, optimizer, state, args.keep_checkpoints)
+            if last or stopping:  # 3 stop
+                break
+            step_started = time.monotonic()
+            lr = plan.schedule(state.step)  # 4 learning rate
+            set_lr(optimizer, lr)
+            micro_batches = plan.order.update(state.step)
+            n_blocks = sum(map(len, micro_batches))
+            mean_loss = torch.zeros((), device=model.device)
+            for _ in micro_batches:  # 5 accumulate, weighted by tokens
+                input_ids = next(batches)["input_ids"].to(model.device, non_blocking=True)
+                with plan.autocast():
+                    loss = model(input_ids=input_ids, labels=input_ids, use_cache=False).loss  # shifts inside
+                loss = loss * (len(input_ids) / n_blocks)
+                loss.backward()
+                mean_loss += loss.detach()
+            grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm).item()
+            train_loss = mean_loss.item()
+            require_finite(args, state, lr, train_loss, grad_norm)  # 6 refuse NaN before the update
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            state.step += 1  # 7 count, then log
+            state.tokens += n_blocks * data.block_size
+            speed = n_blocks * data.block_size / (time.monotonic() - step_started)
+            if state.step % args.log_every == 0:
+                figures = {"loss": train_loss, "lr": lr, "grad_norm": grad_norm, "tokens_per_sec": round(speed, 1)}
+                log.write(state.step, {f"train/{name}": value for name, value in figures.items()})
+            bar.set_postfix_str(f"loss {train_loss:.3f}, lr {lr:.1e}, {speed:,.0f} tokens/s", refresh=False)
+            bar.update()
     draw_loss_curve(args.output_dir)
     return stopping.number
 

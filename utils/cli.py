@@ -208,8 +208,5 @@ def _report(message: str, code: int) -> int:
     line = " ".join(f"error: {message}".split())
     if len(line) > MAX_ERROR_CHARS:
         line = line[: MAX_ERROR_CHARS - 3] + "..."
-    if "tqdm" in sys.modules:  # an open progress bar would stand before the message, on its line
-        for bar in list(sys.modules["tqdm"].tqdm._instances):
-            bar.close()
     print(line, file=sys.stderr, flush=True)
     return code
