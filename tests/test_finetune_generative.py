@@ -236,6 +236,7 @@ def test_output_opens_with_transformers_alone(finetune, prepared):
         model = AutoModelForCausalLM.from_pretrained(folder)
         assert len(AutoTokenizer.from_pretrained(folder)) == model.config.vocab_size
     assert {tensor.dtype for tensor in weights(out).values()} == {torch.bfloat16}
+    assert weights(out).keys() == weights(out / "checkpoint-6").keys()
     assert {tensor.dtype for tensor in weights(out / "checkpoint-6").values()} == {torch.float32}
     assert not [path for path in out.rglob("*") if path.suffix in (".bin", ".pt", ".pkl") or path.name.startswith(".")]
 

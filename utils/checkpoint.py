@@ -3,6 +3,7 @@
 A checkpoint is a folder checkpoint-<step> of safetensors and JSON; no pickle is written or read.
 """
 
+import copy
 import re
 import shutil
 from dataclasses import asdict, dataclass, field
@@ -66,13 +67,11 @@ def save_best(output_dir: Path, model, tokenizer, dtype: torch.dtype) -> None:
         tokenizer: saved beside it.
         dtype: of the written weights.
     """
-    weights = {name: value.detach().to(dtype) for name, value in model.state_dict().items()}
-    before = model.config.dtype
-    model.config.dtype = dtype
+    # A copy keeps tied weights tied, so that they are written once.
+    written = model if model.dtype == dtype else copy.deepcopy(model).to(dtype)
     with publish_files(output_dir) as partial:
-        model.save_pretrained(partial, state_dict=weights)
+        written.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-    model.config.dtype = before
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
