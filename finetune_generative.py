@@ -94,10 +94,10 @@ def load_start(args, data, base):
 
 def settings_of(args, data, base):
     """Everything that shapes the result, with the data's hash: equal settings give an equal run."""
-    settings = {name: value for name, value in vars(args).items() if name not in FREE_FLAGS}
-    settings = {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}
+    compared = {name: value for name, value in vars(args).items() if name not in FREE_FLAGS}
     train_file = next(entry for name, entry in data.manifest["files"].items() if name.startswith("train/data"))
-    return settings | {"model_name": base, "data_sha256": train_file["sha256"]}
+    compared |= {"model_name": base, "data_sha256": train_file["sha256"]}
+    return {name: str(value) if isinstance(value, Path) else value for name, value in compared.items()}
 
 
 def find_unfinished(args, settings):
@@ -312,6 +312,16 @@ def start_run(args, settings, data, base):
     return model, tokenizer
 
 
+def print_outcome(args, state, results):
+    if "eval_loss" in results:
+        print(f"held-out loss {results['base_eval_loss']:.4f} -> {results['eval_loss']:.4f} nats a token "
+              f"(best at step {state.best_step}), perplexity {results['base_perplexity']:.2f} -> "
+              f"{results['perplexity']:.2f}; {state.seconds:.0f} s")  # fmt: skip
+        if results["eval_loss"] >= results["base_eval_loss"]:
+            warn("no evaluation was better than the base model's; try a lower --learning-rate or fewer epochs")
+    print(f"best model: {args.output_dir}\nnext: python generate_text.py")
+
+
 def main():
     args = parse_args()
     import torch
@@ -365,13 +375,7 @@ def main():
     if stopped_by:
         print(f"stopped at step {state.step} of {plan.max_steps}, saved; the same command goes on from here")
         return 128 + stopped_by
-    if "eval_loss" in results:
-        print(f"held-out loss {results['base_eval_loss']:.4f} -> {results['eval_loss']:.4f} nats a token "
-              f"(best at step {state.best_step}), perplexity {results['base_perplexity']:.2f} -> "
-              f"{results['perplexity']:.2f}; {state.seconds:.0f} s")  # fmt: skip
-        if results["eval_loss"] >= results["base_eval_loss"]:
-            warn("no evaluation was better than the base model's; try a lower --learning-rate or fewer epochs")
-    print(f"best model: {args.output_dir}\nnext: python generate_text.py")
+    print_outcome(args, state, results)
     return 0
 
 

@@ -112,7 +112,7 @@ def tokenizer_of_model(args):
     folder = locate_model(args.model_name, "tokenizer")
     tokenizer = load_tokenizer(folder)
     if (folder / "config.json").is_file():
-        config = read_config(folder)
+        config = read_config(folder / "config.json")
         limit, vocab_size = position_limit(config), config.get("vocab_size")
         if limit and args.block_size > limit:
             raise UserError(f"--block-size {args.block_size} is more than the model's {limit} positions")

@@ -694,7 +694,7 @@ MODELS = [
     ("F21", lambda model: (model / "config.json").unlink(), "model: model has no config.json"),
     ("F22", lambda model: cut(model / "config.json"), "model: model/config.json is damaged"),
     ("F23", set_config("{}"), "model: model/config.json does not name a model type"),
-    ("F23-list", set_config("[]"), "model: model/config.json does not name a model type"),
+    ("F23-list", set_config("[]"), "model: model/config.json is damaged: not a JSON object"),
     ("F24", set_config(LLAMA), ("model lacks 291 tensors, first model.embed_tokens.weight", "config.json says llama")),
     ("F24-wide", set_config('{"model_type": "llama", "hidden_size": 1048576}'), "model.embed_tokens.weight"),
     ("F25", edit_config(model_type="bert"), "model: model is bert, not a causal language model"),

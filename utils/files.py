@@ -47,22 +47,27 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def read_json(path: Path) -> dict:
+def read_json(path: Path, what: str = "") -> dict:
     """Read a JSON object.
 
+    Args:
+        path: the file.
+        what: stands before the message of an error, like 'model: '.
     Raises:
         UserError: the file is missing, cut, or not a JSON object.
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
+        raise UserError(f"{what}{path}: no such file") from None
     except json.JSONDecodeError as error:
-        raise UserError(f"{path} is damaged: line {error.lineno} column {error.colno}") from None
-    except (UnicodeDecodeError, RecursionError):
-        raise UserError(f"{path} is damaged: not JSON text") from None
+        raise UserError(f"{what}{path} is damaged: line {error.lineno} column {error.colno}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{what}{path} is damaged: byte {error.start} is not UTF-8") from None
+    except RecursionError:
+        raise UserError(f"{what}{path} is damaged: nested too deeply") from None
     if not isinstance(value, dict):
-        raise UserError(f"{path} is damaged: not a JSON object")
+        raise UserError(f"{what}{path} is damaged: not a JSON object")
     return value
 
 

@@ -3,13 +3,13 @@
 Owns the only network access of the project. Everything after works on a local folder.
 """
 
-import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 from utils.cli import EXIT_MACHINE, UserError, warn
+from utils.files import read_json
 
 EMBEDDED_BASE = "results/base_model"
 FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
@@ -93,20 +93,16 @@ def _ask(url: str) -> int | str:
         return f"no answer in {ANSWER_SECONDS} s"
 
 
-def read_config(folder: Path, what: str = "model") -> dict:
-    """Read a model folder's config.json as plain JSON.
+def read_config(path: Path, what: str = "model") -> dict:
+    """Read a model's config.json, or another file of its form, as plain JSON.
 
     Raises:
         UserError: it is missing, damaged, or names no model type.
     """
-    path = folder / "config.json"
     if not path.is_file():
-        raise UserError(f"{what}: {folder} has no config.json")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):
-        raise UserError(f"{what}: {path} is damaged") from None
-    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+        raise UserError(f"{what}: {path.parent} has no {path.name}")
+    config = read_json(path, f"{what}: ")
+    if not isinstance(config.get("model_type"), str):
         raise UserError(f"{what}: {path} does not name a model type")
     return config
 

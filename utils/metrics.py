@@ -109,13 +109,9 @@ def write_results(folder: Path, state, max_steps: int) -> dict:
     """Write all_results.json: the base's figures, the best model's, and what the run took."""
     results = {f"base_{RESULT_NAMES[key]}": value for key, value in state.base_metrics.items()}
     results |= {RESULT_NAMES[key]: value for key, value in state.best_metrics.items()}
-    results |= {
-        "best_step": state.best_step,
-        "step": state.step,
-        "max_steps": max_steps,
-        "train_runtime": round(state.seconds, 1),
-        "train_tokens": state.tokens,
-        "train_tokens_per_second": round(state.tokens / max(state.seconds, 1e-9), 1),
-    }
+    speed = state.tokens / max(state.seconds, 1e-9)
+    results |= {"best_step": state.best_step, "step": state.step, "max_steps": max_steps}
+    results |= {"train_runtime": round(state.seconds, 1), "train_tokens": state.tokens}
+    results |= {"train_tokens_per_second": round(speed, 1)}
     write_json(folder / "all_results.json", results)
     return results

@@ -38,7 +38,7 @@ def load_model(folder: Path):
 
     if not folder.is_dir():
         raise UserError(f"model: {folder}: no such directory")
-    config = check_causal(read_config(folder), str(folder))
+    config = check_causal(read_config(folder / "config.json"), str(folder))
     refuse_misfit(folder, config, read_shapes(folder))
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
@@ -155,14 +155,7 @@ def new_model(config_path: Path, tokenizer, seed: int):
     """
     from transformers import AutoModelForCausalLM
 
-    if not config_path.is_file():
-        raise UserError(f"--from-scratch: {config_path}: no such file")
-    try:
-        fields = json.loads(config_path.read_text(encoding="utf-8"))
-    except ValueError:
-        raise UserError(f"--from-scratch: {config_path} is damaged: not JSON") from None
-    if not isinstance(fields, dict) or not isinstance(fields.get("model_type"), str):
-        raise UserError(f"--from-scratch: {config_path} does not name a model type")
+    fields = read_config(config_path, "--from-scratch")
     fields |= {"vocab_size": len(tokenizer)}
     fields |= dict.fromkeys(("bos_token_id", "eos_token_id"), tokenizer.eos_token_id)
     config = check_causal(fields, str(config_path))

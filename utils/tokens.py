@@ -14,6 +14,7 @@ import numpy as np
 
 from utils.book import Passage
 from utils.cli import UserError
+from utils.files import read_json
 
 SPLITS = ("train", "validation")
 PIECE_CHARS = 4096
@@ -35,7 +36,8 @@ def load_tokenizer(folder: Path):
     if not any((folder / name).is_file() for name in files):
         raise UserError(f"tokenizer: {folder} has no tokenizer.json")
     for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json"):
-        _refuse_damaged(folder / name)
+        if (folder / name).is_file():
+            read_json(folder / name, "tokenizer: ")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -47,21 +49,6 @@ def load_tokenizer(folder: Path):
     if tokenizer.eos_token_id is None:
         raise UserError(f"tokenizer: {folder} has no end-of-text token")
     return tokenizer
-
-
-def _refuse_damaged(path: Path) -> None:
-    if not path.is_file():
-        return
-    try:
-        if not isinstance(json.loads(path.read_text(encoding="utf-8")), dict):
-            raise UserError(f"tokenizer: {path} is damaged: not a JSON object")
-    except RecursionError:
-        raise UserError(f"tokenizer: {path} is damaged: nested too deeply") from None
-    except json.JSONDecodeError as error:
-        where = f"line {error.lineno} column {error.colno}"
-        raise UserError(f"tokenizer: {path} is damaged: {where}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"tokenizer: {path} is damaged: byte {error.start} is not UTF-8") from None
 
 
 def fingerprint_tokenizer(tokenizer) -> str:
