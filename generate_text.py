@@ -116,7 +116,8 @@ def collect_prompts(args, data, tokenizer):
     if args.prompts_file:
         texts += [line for line in read_book(args.prompts_file)[0].split("\n") if line.strip()]
     given = bool(texts)
-    prompts = [{"prompt": text, "author": None} for text in (texts if given else DEFAULT_PROMPTS)]
+    texts = dict.fromkeys(texts or DEFAULT_PROMPTS)  # a prompt given twice is asked once; --num-samples asks again
+    prompts = [{"prompt": text, "author": None} for text in texts]
     for prompt in prompts:
         prompt["prompt_ids"] = encode_prompt(tokenizer, prompt["prompt"])
         if given and prompt["prompt"] != prompt["prompt"].rstrip(" "):

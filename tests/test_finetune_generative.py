@@ -42,43 +42,42 @@ def assert_same(first: Path, second: Path):
         assert all(torch.equal(a[key], b[key]) for key in a), name
 
 
-def stop_at(monkeypatch, step):
-    """Send this process SIGTERM when the loop has counted to step."""
+DROPOUT = ["--dropout", "0.2", "--save-every", 6]
+
+
+@pytest.fixture
+def straight_and_stopped(finetune, monkeypatch):
+    """Return the folder of a whole run, and that of the same run stopped by SIGTERM at step 3."""
 
     class Stopping(finetune_generative.Plan):
         def __init__(self, *args):
             super().__init__(*args)
             schedule = self.schedule
-            self.schedule = lambda now: (now == step - 1 and signal.raise_signal(signal.SIGTERM)) or schedule(now)
+            self.schedule = lambda step: (step == 2 and signal.raise_signal(signal.SIGTERM)) or schedule(step)
 
-    monkeypatch.setattr(finetune_generative, "Plan", Stopping)
-
-
-def test_stopped_and_continued_equals_never_stopped(finetune, monkeypatch):
-    dropout = ["--dropout", "0.2", "--save-every", 6]
-    straight = finetune("straight", *QUICK, *dropout)
+    straight = finetune("straight", *QUICK, *DROPOUT)
     with monkeypatch.context() as patch:
-        stop_at(patch, 3)
-        finetune("stopped", *QUICK, *dropout, code=128 + signal.SIGTERM)
+        patch.setattr(finetune_generative, "Plan", Stopping)
+        stopped = finetune("stopped", *QUICK, *DROPOUT, code=128 + signal.SIGTERM)
     torch.manual_seed(123)  # a new process would not begin where the stopped one left its generator
-    assert not (straight.with_name("stopped") / "checkpoint-6").exists()
-    stopped = finetune("stopped", *QUICK, *dropout)
+    return straight, stopped
+
+
+def test_stopped_and_continued_equals_never_stopped(finetune, straight_and_stopped):
+    straight, stopped = straight_and_stopped
+    assert [path.name for path in stopped.glob("checkpoint-*")] == ["checkpoint-3"]
+    finetune("stopped", *QUICK, *DROPOUT)
     assert_same(straight / "checkpoint-6", stopped / "checkpoint-6")
     steps = [json.loads(line)["step"] for line in (stopped / "metrics.jsonl").read_text().splitlines()]
     expected = [json.loads(line)["step"] for line in (straight / "metrics.jsonl").read_text().splitlines()]
     assert steps == expected
 
 
-def test_random_state_is_part_of_a_checkpoint(finetune, monkeypatch):
+def test_random_state_is_part_of_a_checkpoint(finetune, straight_and_stopped, monkeypatch):
     """Without the restored generator, dropout would draw other masks after a stop."""
-    dropout = ["--dropout", "0.2", "--save-every", 6]
-    straight = finetune("straight", *QUICK, *dropout)
-    with monkeypatch.context() as patch:
-        stop_at(patch, 3)
-        finetune("stopped", *QUICK, *dropout, code=128 + signal.SIGTERM)
-    torch.manual_seed(123)  # a new process would not begin where the stopped one left its generator
+    straight, stopped = straight_and_stopped
     monkeypatch.setattr("utils.checkpoint.restore_random_state", lambda path: None)
-    stopped = finetune("stopped", *QUICK, *dropout)
+    finetune("stopped", *QUICK, *DROPOUT)
     with pytest.raises(AssertionError):
         assert_same(straight / "checkpoint-6", stopped / "checkpoint-6")
 

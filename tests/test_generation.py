@@ -112,8 +112,9 @@ def test_samples_are_paired_and_complete(finetuned, script):
 
 def test_prompts_from_flags_and_file(finetuned, script, tmp_path):
     (tmp_path / "prompts.txt").write_text("Day 1.\n\nJory went\n")
-    ran = script("generate_text", "--finetuned-model", finetuned, "--prompt", "Ada ", "--prompts-file",
-                 tmp_path / "prompts.txt", "--max-new-tokens", 4)  # fmt: skip
+    twice = ["--prompt", "Ada ", "--prompt", "Ada "]  # asked once
+    ran = script("generate_text", "--finetuned-model", finetuned, *twice, "--prompts-file", tmp_path / "prompts.txt",
+                 "--max-new-tokens", 4)  # fmt: skip
     assert ran.code == 0
     assert "prompt 'Ada ' ends in a space" in ran.err
     rows = [json.loads(line) for line in (finetuned / "samples.jsonl").read_text().splitlines()]

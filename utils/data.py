@@ -164,7 +164,7 @@ def read_manifest(folder: Path) -> dict:
         if min(counts + [entry["bytes"] for entry in manifest["files"].values()]) < 0:
             raise ValueError
     except (KeyError, TypeError, AttributeError, ValueError, StopIteration):
-        raise UserError(f"{folder / MANIFEST} is damaged; run prepare_data.py again") from None
+        raise UserError(f"{folder / MANIFEST} is damaged; run prepare_data.py again with --overwrite") from None
     return manifest
 
 

@@ -43,7 +43,7 @@ def locate_model(name: str, what: str = "model") -> Path:
     """
     folder = Path(name)
     if folder.is_dir():
-        if "/" not in name and name in ("gpt2", "distilgpt2"):
+        if name in ("gpt2", "distilgpt2"):
             warn(f"using ./{name}, a local directory, not the hub's {name}")
         return folder
     if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") != (1 if "/" in name else 0):
