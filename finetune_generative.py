@@ -8,16 +8,19 @@ A manual AdamW loop: nothing is hidden in a trainer. The best model by held-out 
 
 import argparse
 import math
-import shutil
-import signal
 import time
 from contextlib import closing
 from pathlib import Path
 
-from utils.cli import EXIT_DIVERGED, EXIT_MACHINE, Parser, UserError, print_table, real_number, run, warn
+from utils.cli import Parser, StopSignal, UserError, print_table, real_number, run, warn
 from utils.cli import whole_number as whole
 
-# Flags that change nothing about the result: free to differ when a run is continued. All others are compared.
+# Every flag is in one of the two: it shapes the result, and may not differ when a run is continued, or it does not.
+SHAPING_FLAGS = {
+    "model_name", "from_scratch", "dropout", "epochs", "max_steps", "batch_size", "grad_accum_steps", "learning_rate",
+    "lr_schedule", "warmup_ratio", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "seed",
+    "eval_every", "eval_batch_size", "early_stopping_patience", "save_dtype", "dtype", "deterministic",
+}  # fmt: skip
 FREE_FLAGS = {
     "data_dir", "output_dir", "overwrite", "device", "num_workers", "save_every", "keep_checkpoints", "log_every",
     "report_to", "sample_prompt", "sample_tokens",
@@ -61,6 +64,7 @@ def parse_args(argv=None):
     add = parser.add_argument_group("machine").add_argument
     add("--device", type=device_name, default="auto", help="auto, cpu, mps, cuda or cuda:N")
     add("--dtype", choices=["auto", "fp32", "bf16"], default="auto", help="computed in; auto: bf16 if in hardware")
+    add("--deterministic", action="store_true", help="on a GPU: bit-identical runs, slower")
     add("--num-workers", type=whole(0, 64), default=0, help="processes that load batches")
     args = parser.parse_args(argv)
     if args.from_scratch and args.model_name:
@@ -75,65 +79,42 @@ def device_name(text):
     return text
 
 
-def load_start(args, data, base):
+def load_start(args, data, base, folder):
     """Load the base model, or make a new one, with its tokenizer."""
-    from utils.hub import locate_model
     from utils.model import load_pair, new_model
     from utils.tokens import fingerprint_tokenizer, load_tokenizer
 
     if args.from_scratch:
         tokenizer = load_tokenizer(args.data_dir / "tokenizer")
         return new_model(args.from_scratch, tokenizer, args.seed), tokenizer
-    if base is None:
-        raise UserError("the data has a tokenizer of its own and no model; give --from-scratch CONFIG.json")
-    model, tokenizer = load_pair(locate_model(base))
+    model, tokenizer = load_pair(folder)
     if fingerprint_tokenizer(tokenizer) != data.manifest["tokenizer"]["sha256"]:
         raise UserError(f"data was made with another tokenizer than {base}'s; run prepare_data.py --model-name {base}")
     return model, tokenizer
 
 
-def settings_of(args, data, base):
-    """Everything that shapes the result, with the data's hash: equal settings give an equal run."""
-    compared = {name: value for name, value in vars(args).items() if name not in FREE_FLAGS}
-    train_file = next(entry for name, entry in data.manifest["files"].items() if name.startswith("train/data"))
-    compared |= {"model_name": base, "data_sha256": train_file["sha256"]}
-    return {name: str(value) if isinstance(value, Path) else value for name, value in compared.items()}
+def settings_of(args, data, base, folder):
+    """Everything that shapes the result, with hashes of data and base model: equal settings give an equal run."""
+    from utils.files import hash_files
+
+    settings = {name: value for name, value in vars(args).items() if name in SHAPING_FLAGS} | {"model_name": base}
+    settings = {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}
+    settings["data_sha256"] = hash_files(args.data_dir.glob("*/data-*.arrow"))
+    if args.from_scratch and args.from_scratch.is_file():
+        settings["base_sha256"] = hash_files([args.from_scratch])
+    elif folder:  # a hub model that has left the cache is not needed to go on
+        settings["base_sha256"] = hash_files([*folder.glob("model*.safetensors"), *folder.glob("config.json")])
+    return settings
 
 
 def find_unfinished(args, settings):
     """Return the checkpoint to continue from, None for a new run, or refuse other settings by name."""
-    from utils.checkpoint import find_checkpoint
-    from utils.files import read_json
+    from utils.checkpoint import compare_settings, find_checkpoint
 
-    config = args.output_dir / "run_config.json"
-    if args.overwrite or not config.is_file():
+    if args.overwrite or not (args.output_dir / "run_config.json").is_file():
         return None
-    before = read_json(config).get("settings", {})
-    for name in settings:
-        if before.get(name) != settings[name]:
-            now, was = str(settings[name]), str(before.get(name))
-            what = f"--{name.replace('_', '-')} {now} but the run has {was}"
-            if name == "data_sha256":
-                what = f"data differs from the run's (sha256 {now[:8]} not {was[:8]})"
-            raise UserError(f"resume: {what}; use the same, another --output-dir, or --overwrite")
+    compare_settings(args.output_dir / "run_config.json", settings)
     return find_checkpoint(args.output_dir)
-
-
-class StopSignal:
-    """Turn SIGINT, SIGTERM and SIGHUP into a wish that the loop sees; a second one ends at once."""
-
-    def __init__(self):
-        self.number = 0
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, self.receive)
-
-    def receive(self, number, _frame):
-        if self.number:
-            raise SystemExit(128 + number)
-        self.number = number
-
-    def __bool__(self):
-        return self.number > 0
 
 
 def train(args, plan, model, tokenizer, data, optimizer, state):
@@ -143,32 +124,35 @@ def train(args, plan, model, tokenizer, data, optimizer, state):
     from tqdm import tqdm
 
     from utils.checkpoint import save_best, save_checkpoint
+    from utils.cli import ignore_signals
+    from utils.failure import require_finite
     from utils.metrics import MetricsLog, draw_loss_curve
     from utils.model import DTYPES
     from utils.optim import set_lr
 
+    stopping, started, resumed_at = StopSignal(), time.monotonic() - state.seconds, state.step
     log = MetricsLog(args.output_dir, state.step, args.report_to == "tensorboard")
     # A generator of its own: a DataLoader without one draws from the generator that dropout uses.
     loader = DataLoader(data.train, sampler=plan.order.batches(state.step, plan.max_steps), batch_size=None,
                         num_workers=args.num_workers, pin_memory=plan.device.type == "cuda",
-                        generator=torch.Generator())  # fmt: skip
+                        generator=torch.Generator(), worker_init_fn=ignore_signals)  # fmt: skip
     batches = iter(loader)
-    stopping, started, resumed_at = StopSignal(), time.monotonic() - state.seconds, state.step
     model.train()
     with tqdm(total=plan.max_steps, initial=state.step, unit="step", desc="training") as bar, closing(log):
         while True:
             last = state.step == plan.max_steps
-            due = state.step % plan.eval_every == 0 and state.step > resumed_at
-            if due or last or state.step == 0:  # 1 evaluate; step 0 measures the base model
-                result = evaluate(args, plan, model, data)
-                if is_better(result, state):
-                    state.best_step, state.best_metrics, state.evals_without_gain = state.step, result, 0
-                    save_best(args.output_dir, model, tokenizer, DTYPES[args.save_dtype])
-                log.write(state.step, result)
-                tqdm.write(f"step {state.step}: {describe(result)}{sample(args, plan, model, tokenizer)}")
-                last = last or state.evals_without_gain == (args.early_stopping_patience or math.inf)
-            state.seconds, state.finished = time.monotonic() - started, last
+            due = last or state.step % plan.eval_every == 0
+            if due and state.evaluated_step != state.step:  # 1 evaluate; step 0 measures the base model
+                result = evaluate(args, plan, model, data, stopping)
+                if result is not None:  # else a signal came, and it is done when the run goes on
+                    if is_better(result, state):
+                        save_best(args.output_dir, model, tokenizer, DTYPES[args.save_dtype])
+                    log.write(state.step, result)
+                    tqdm.write(f"step {state.step}: {describe(result)}{sample(args, plan, model, tokenizer)}")
+                    last = last or state.evals_without_gain == (args.early_stopping_patience or math.inf)
+            state.seconds, state.finished = time.monotonic() - started, last and state.evaluated_step == state.step
             if last or stopping or (state.step % plan.save_every == 0 and state.step > resumed_at):  # 2 save
+                log.sync()
                 save_checkpoint(args.output_dir, model, tokenizer, optimizer, state, args.keep_checkpoints)
             if last or stopping:  # 3 stop
                 break
@@ -187,7 +171,7 @@ def train(args, plan, model, tokenizer, data, optimizer, state):
                 mean_loss += loss.detach()
             grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm).item()
             train_loss = mean_loss.item()
-            require_finite(args, state, lr, train_loss, grad_norm)  # 6 refuse NaN before the update
+            require_finite(state, lr, loss=train_loss, gradient=grad_norm)  # 6 refuse NaN before the update
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             state.step += 1  # 7 count, then log
@@ -199,7 +183,7 @@ def train(args, plan, model, tokenizer, data, optimizer, state):
             bar.set_postfix_str(f"loss {train_loss:.3f}, lr {lr:.1e}, {speed:,.0f} tokens/s", refresh=False)
             bar.update()
     draw_loss_curve(args.output_dir)
-    return stopping.number
+    return 0 if state.finished else stopping.number
 
 
 class Plan:
@@ -219,8 +203,8 @@ class Plan:
         self.schedule = build_schedule(args.lr_schedule, args.learning_rate, self.max_steps, args.warmup_ratio)
 
 
-def evaluate(args, plan, model, data):
-    """Score all validation blocks; without any, there is nothing to report but the training loss."""
+def evaluate(args, plan, model, data, stopping):
+    """Score all validation blocks; {} when there are none, None when a signal came before the end."""
     from tqdm import tqdm
 
     from utils.evaluation import score_blocks, summarize_loss
@@ -228,17 +212,24 @@ def evaluate(args, plan, model, data):
     if not len(data.validation):
         return {}
     with tqdm(total=len(data.validation), unit="block", desc="evaluating", leave=False, delay=2) as bar:
-        scored = score_blocks(model, data.validation, args.eval_batch_size, plan.autocast, bar.update)
-    return summarize_loss(*scored, data.bytes_per_token)
+        scored = score_blocks(model, data.validation, args.eval_batch_size, plan.autocast, bar.update, stopping)
+    return scored and summarize_loss(*scored, data.bytes_per_token)
 
 
 def is_better(result, state):
-    """Keep the base's figures at step 0; afterwards say whether this is the best model so far."""
+    """Note an evaluation: the base's figures at step 0, afterwards whether this is the best model so far."""
+    from utils.failure import require_finite
+
+    require_finite(state, None, **{"validation loss": result.get("eval/loss", 0.0)})
+    state.evaluated_step = state.step
     if state.step == 0:
         state.base_metrics = result
         return False
     state.evals_without_gain += 1
-    return not result or result["eval/loss"] < state.best_metrics.get("eval/loss", math.inf)
+    better = not result or result["eval/loss"] < state.best_metrics.get("eval/loss", math.inf)
+    if better:
+        state.best_step, state.best_metrics, state.evals_without_gain = state.step, result, 0
+    return better
 
 
 def describe(result):
@@ -258,17 +249,6 @@ def sample(args, plan, model, tokenizer):
     decoding = Decoding(max_new_tokens=args.sample_tokens)
     ids = generate_ids(model, tokenizer.eos_token_id, [prompt], [args.seed], decoding, plan.autocast)[0]
     return "\n  | " + (args.sample_prompt + tokenizer.decode(ids)).replace("\n", "\n  | ")
-
-
-def require_finite(args, state, lr, loss, grad_norm):
-    """Stop before an update that would fill every weight with NaN."""
-    if math.isfinite(loss) and math.isfinite(grad_norm):
-        return
-    what = "gradient" if math.isfinite(loss) else "loss"
-    checkpoints = sorted(args.output_dir.glob("checkpoint-*"), key=lambda path: path.stat().st_mtime)
-    safe = f"{checkpoints[-1].name} is safe" if checkpoints else "no checkpoint yet"
-    raise UserError(f"{what} is not a finite number at step {state.step + 1} (lr {lr:g}); {safe}; "
-                    "try a lower --learning-rate", EXIT_DIVERGED)  # fmt: skip
 
 
 def print_settings(args, plan, data, model, base):
@@ -291,24 +271,23 @@ def print_settings(args, plan, data, model, base):
         warn(f"a batch is the {len(data.train)} blocks there are, not {batch}")
 
 
-def start_run(args, settings, data, base):
+def start_run(args, settings, data, base, folder, device):
     """Load or make the model of a new run, and write down what the run is."""
     import torch
 
-    from utils.checkpoint import save_best
+    from utils.checkpoint import describe_machine, save_best
+    from utils.files import clear_folder
     from utils.metrics import write_run_config
     from utils.model import DTYPES, check_fit
 
-    model, tokenizer = load_start(args, data, base)
+    model, tokenizer = load_start(args, data, base, folder)
     check_fit(model, data)
     torch.manual_seed(args.seed)
-    if args.overwrite and args.output_dir.is_dir():
-        shutil.rmtree(args.output_dir)  # only now: everything that could be refused has been
-    args.output_dir.mkdir(parents=True, exist_ok=True)
+    clear_folder(args.output_dir)  # only now: everything that could be refused has been
+    write_run_config(args, settings, base, data, describe_machine(device))
     if args.from_scratch:  # so that generate_text.py has a base to compare with
         Path(base).mkdir(exist_ok=True)
         save_best(Path(base), model, tokenizer, DTYPES[args.save_dtype])
-    write_run_config(args, settings, base, data)
     return model, tokenizer
 
 
@@ -322,61 +301,90 @@ def print_outcome(args, state, results):
     print(f"best model: {args.output_dir}\nnext: python generate_text.py")
 
 
-def main():
-    args = parse_args()
-    import torch
-
-    from utils.checkpoint import TrainState, read_state, restore_optimizer, restore_random_state
+def finetune(args):
+    """Begin or continue the run in the output folder, which is locked."""
+    import utils.checkpoint as checkpoints
     from utils.data import open_blocks
-    from utils.files import check_output_dir
+    from utils.failure import explain
+    from utils.files import require_space, sweep
+    from utils.hub import find_local, locate_model
     from utils.metrics import write_results
-    from utils.model import load_pair, pick_device, set_dropout
+    from utils.model import load_pair, pick_device, set_deterministic, set_dropout
     from utils.optim import build_optimizer
 
-    device = pick_device(args.device)
-    data = open_blocks(args.data_dir)
-    is_ours = (args.output_dir / "run_config.json").is_file()
-    inputs = [args.data_dir, args.model_name or data.manifest["model_name"] or ""]
-    check_output_dir(args.output_dir, is_ours, "finetune_generative.py", args.overwrite, inputs)
+    device, data = pick_device(args.device), open_blocks(args.data_dir)
+    set_deterministic(args.deterministic)
     plan = Plan(args, data, device)
-    base = args.model_name or data.manifest["model_name"]
-    base = str(args.output_dir / "untrained_model") if args.from_scratch else base
-    settings = settings_of(args, data, base)
+    base, folder = args.model_name or data.manifest["model_name"], None
+    if args.from_scratch:
+        base = str(args.output_dir / "untrained_model")
+    elif base is None:
+        raise UserError("the data has a tokenizer of its own and no model; give --from-scratch CONFIG.json")
+    else:
+        is_new = args.overwrite or not (args.output_dir / "run_config.json").is_file()
+        folder = locate_model(base) if is_new else find_local(base)
+    settings = settings_of(args, data, base, folder)
     checkpoint = find_unfinished(args, settings)
-    state = read_state(checkpoint) if checkpoint else TrainState()
+    sweep(args.output_dir)
+    state = checkpoints.read_state(checkpoint) if checkpoint else checkpoints.TrainState()
     if state.finished:
         write_results(args.output_dir, state, plan.max_steps)
         print(f"already complete at step {state.step}: {args.output_dir}; --overwrite starts anew")
         return 0
 
+    machine = checkpoints.describe_machine(device)
     if checkpoint:
         print(f"continuing from step {state.step} of {plan.max_steps} ({checkpoint})")
         model, tokenizer = load_pair(checkpoint)
+        changed = [
+            f"{machine.get(name)} {name}, was {was}" for name, was in state.machine.items() if machine.get(name) != was
+        ]
+        if changed:
+            warn(f"not bit-identical from here: {'; '.join(changed)}")
     else:
-        model, tokenizer = start_run(args, settings, data, base)
+        model, tokenizer = start_run(args, settings, data, base, folder, device)
+    state.machine = machine
     if args.dropout is not None:
         set_dropout(model, args.dropout)
     model.to(device)
     betas = (args.adam_beta1, args.adam_beta2)
     optimizer = build_optimizer(model, args.learning_rate, args.weight_decay, betas, args.adam_epsilon)
     if checkpoint:
-        restore_optimizer(model, optimizer, checkpoint / "optimizer.safetensors")
-        restore_random_state(checkpoint / "rng_state.safetensors")
+        checkpoints.restore_optimizer(model, optimizer, checkpoint / "optimizer.safetensors")
+        checkpoints.restore_random_state(checkpoint / "rng_state.safetensors")
     print_settings(args, plan, data, model, base)
 
     try:
+        count, what = (1, "a checkpoint") if checkpoint else (2, "a pair of checkpoints")
+        require_space(args.output_dir, count * checkpoints.checkpoint_bytes(model), what)
         stopped_by = train(args, plan, model, tokenizer, data, optimizer, state)
-    except torch.OutOfMemoryError:
-        batch = f"batch {args.batch_size} x {data.block_size}"
-        half = max(1, args.batch_size // 2)
-        message = f"out of GPU memory at step {state.step + 1} ({batch}); try --batch-size {half}"
-        raise UserError(message, EXIT_MACHINE) from None
-    results = write_results(args.output_dir, state, plan.max_steps)
+        results = write_results(args.output_dir, state, plan.max_steps)
+    except Exception as error:
+        explained = explain(error, args, state, checkpoints.list_checkpoints(args.output_dir))
+        if explained is None:
+            raise
+        raise explained from None
     if stopped_by:
         print(f"stopped at step {state.step} of {plan.max_steps}, saved; the same command goes on from here")
         return 128 + stopped_by
     print_outcome(args, state, results)
     return 0
+
+
+def main():
+    args = parse_args()
+    from utils.cli import refuse_many_processes
+    from utils.data import read_manifest
+    from utils.files import check_output_dir
+    from utils.lock import lock
+
+    refuse_many_processes()
+    prepared_for = read_manifest(args.data_dir)["model_name"]
+    is_ours = (args.output_dir / "run_config.json").is_file()
+    inputs = [args.data_dir, args.model_name or prepared_for or ""]
+    check_output_dir(args.output_dir, is_ours, "finetune_generative.py", args.overwrite, inputs)
+    with lock(args.output_dir, "train"):
+        return finetune(args)
 
 
 if __name__ == "__main__":

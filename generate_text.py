@@ -181,14 +181,13 @@ def score(args, name, model, data, context):
     return summarize_loss(*scored, data.bytes_per_token)
 
 
-def main():
-    args = parse_args()
+def compare(args, base_dir, tuned_dir, data_dir):
+    """Let both models speak, score them, and write the results into the fine-tuned folder."""
     from utils.files import write_text
     from utils.hub import position_limit
     from utils.model import autocast, check_fit, load_pair, pick_device, pick_dtype
     from utils.report import render_comparison, render_terminal
 
-    base_dir, tuned_dir, data_dir = find_models(args)
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
 
@@ -227,6 +226,15 @@ def main():
     print_table("comparison", settings.items())
     print(render_terminal(prompts, samples, scores))
     print(f"written: {tuned_dir / 'comparison.md'} and {tuned_dir / 'samples.jsonl'}")
+
+
+def main():
+    args = parse_args()
+    from utils.lock import lock
+
+    base_dir, tuned_dir, data_dir = find_models(args)
+    with lock(tuned_dir, "samples"):  # a lock of its own: a training in progress may be looked at
+        compare(args, base_dir, tuned_dir, data_dir)
 
 
 if __name__ == "__main__":

@@ -19,55 +19,27 @@ SMALL_BOOK_TOKENS = 20_000
 
 
 def parse_args(argv=None):
-    parser = Parser(
-        "Turn a book into block-sized token tensors for finetune_generative.py.",
-        epilog="next: python finetune_generative.py",
-    )
-    text = parser.add_argument_group("text")
-    text.add_argument(
-        "--input-path",
-        nargs="+",
-        type=Path,
-        metavar="FILE",
-        default=["results/data/book.txt"],
-        help="text files, or folders of .txt and .md files, in this order",
-    )
-    text.add_argument("--encoding", type=text_encoding, default="utf-8", help="text encoding of the files")
-    text.add_argument(
-        "--val-split",
-        type=real_number(0, 1, below=True),
-        default=0.1,
-        help="share of the text kept aside as validation passages, 0 up to below 1",
-    )
-    text.add_argument(
-        "--val-path",
-        nargs="+",
-        type=Path,
-        metavar="FILE",
-        help="keep these whole files aside instead (they may also lie in --input-path)",
-    )
-    tokens = parser.add_argument_group("tokens")
-    tokens.add_argument(
-        "--model-name",
-        default="gpt2",
-        help="model to prepare for, a hub name or a folder; gives tokenizer and position limit",
-    )
-    tokens.add_argument(
-        "--train-tokenizer",
-        type=whole_number(257, 1_000_000),
-        metavar="N",
-        help="learn a byte-level BPE tokenizer of N tokens from the training text instead",
-    )
-    tokens.add_argument("--block-size", type=whole_number(2, MAX_BLOCK), default=128, help="tokens a block")
-    output = parser.add_argument_group("output")
-    output.add_argument("--output-dir", type=Path, default=Path("results/data/blocks"), help="folder to write")
-    output.add_argument("--overwrite", action="store_true", help="replace what --output-dir holds")
-    output.add_argument(
-        "--seed", type=whole_number(0, 2**32 - 1), default=42, help="chooses the places of the passages"
-    )
+    parser = Parser("Turn a book into block-sized token tensors.", epilog="next: python finetune_generative.py")
+    add = parser.add_argument_group("text").add_argument
+    add("--input-path", nargs="+", type=Path, metavar="FILE", default=["results/data/book.txt"],
+        help="text files, or folders of .txt and .md files, in this order")  # fmt: skip
+    add("--encoding", type=text_encoding, default="utf-8", help="text encoding of the files")
+    add("--val-split", type=real_number(0, 1, below=True), default=0.1,
+        help="share of the text kept aside as validation passages, 0 up to below 1")  # fmt: skip
+    add("--val-path", nargs="+", type=Path, metavar="FILE",
+        help="keep these whole files aside instead (they may also lie in --input-path)")  # fmt: skip
+    add = parser.add_argument_group("tokens").add_argument
+    add("--model-name", default="gpt2", help="model to prepare for, name or folder; gives tokenizer and position limit")
+    add("--train-tokenizer", type=whole_number(257, 1_000_000), metavar="N",
+        help="learn a byte-level BPE tokenizer of N tokens from the training text instead")  # fmt: skip
+    add("--block-size", type=whole_number(2, MAX_BLOCK), default=128, help="tokens a block")
+    add = parser.add_argument_group("output").add_argument
+    add("--output-dir", type=Path, default=Path("results/data/blocks"), help="folder to write")
+    add("--overwrite", action="store_true", help="replace what --output-dir holds")
+    add("--seed", type=whole_number(0, 2**32 - 1), default=42, help="chooses the places of the passages")
     args = parser.parse_args(argv)
     args.input_path = [Path(path) for path in args.input_path]
-    return args  # fmt: skip
+    return args
 
 
 def read_books(args):
@@ -194,12 +166,12 @@ def settings_of(args, books, n_held_out, tokenizer):
 
 def is_up_to_date(args, settings, manifest):
     """Compare with a folder made before; other settings are refused by name."""
-    from utils.files import verify_files
+    from utils.files import verify_folder
 
     before = manifest.get("settings", {})
     changed = [name for name, value in settings.items() if before.get(name) != value]
     if not changed:
-        return verify_files(args.output_dir, manifest["files"]) is None
+        return verify_folder(args.output_dir) is None
     name, value = changed[0], before.get(changed[0])
     flag = f"--{name.replace('_', '-')}"
     was = f"without {flag}" if value is None else f"with {flag} {value}"
@@ -240,51 +212,53 @@ def print_summary(args, manifest, n_words):
         warn("validation repeats training: the held-out loss will look better than it is")
 
 
-def main():
-    args = parse_args()
+def prepare(args, books, n_held_out):
+    """Write the output folder, which is locked, or find that it is up to date; return its manifest."""
     from utils.data import FORMAT, read_manifest
-    from utils.files import MANIFEST, check_output_dir, describe_files, publish_folder, write_json
+    from utils.files import MANIFEST, clear_folder, publish_files, sweep
     from utils.tokens import fingerprint_tokenizer, train_tokenizer
 
-    is_ours = (args.output_dir / MANIFEST).is_file()
-    check_output_dir(args.output_dir, is_ours, "prepare_data.py", args.overwrite, [args.model_name])
-    books, n_held_out = read_books(args)
     tokenizer = None if args.train_tokenizer else tokenizer_of_model(args)
     settings = settings_of(args, books, n_held_out, tokenizer)
-    n_words = sum(book.n_words for book in books)
-    keep = is_ours and not args.overwrite
-    if keep and is_up_to_date(args, settings, manifest := read_manifest(args.output_dir)):
-        print_summary(args, manifest, n_words)
-        print("up to date: the same command on the same book, nothing to do")
-        return
-
-    with publish_folder(args.output_dir) as folder:
+    sweep(args.output_dir)
+    if (args.output_dir / MANIFEST).is_file() and not args.overwrite:
+        before = read_manifest(args.output_dir)
+        if is_up_to_date(args, settings, before):
+            return before, True
+    manifest = {"format": FORMAT, "made_by": "prepare_data.py", "settings": settings}
+    # Ids of two bytes, once raw and once in blocks, at four bytes of text a token; a tokenizer beside them.
+    size = sum(book.n_bytes for book in books) + 8_000_000
+    with publish_files(args.output_dir, manifest, size, "the data") as folder:
         if tokenizer is None:
             print(f"learning a tokenizer of {args.train_tokenizer:,} tokens from the training text", flush=True)
             texts = (p.text for p in passages(args, books, n_held_out) if p.split == "train")
             tokenizer = train_tokenizer(texts, args.train_tokenizer)
         splits, overlap, spans = write_blocks(args, books, n_held_out, tokenizer, folder)
         tokenizer.save_pretrained(folder / "tokenizer")
-        manifest = {
-            "format": FORMAT,
-            "made_by": "prepare_data.py",
-            "settings": settings,
-            "model_name": settings["model_name"],
-            "block_size": args.block_size,
-            "tokenizer": {
-                "sha256": fingerprint_tokenizer(tokenizer),
-                "size": len(tokenizer),
-                "end_of_text_id": tokenizer.eos_token_id,
-            },
-            "books": [{"name": b.path.name, "sha256": b.sha256, "chars": b.n_chars, "words": b.n_words} for b in books],
-            "splits": splits,
-            "overlap": overlap,
-            "spans": spans,
-            "files": describe_files(folder),
-        }
-        write_json(folder / MANIFEST, manifest)
-    print_summary(args, manifest, n_words)
-    print("next: python finetune_generative.py")
+        fingerprint = {"sha256": fingerprint_tokenizer(tokenizer), "size": len(tokenizer),
+                       "end_of_text_id": tokenizer.eos_token_id}  # fmt: skip
+        facts = [{"name": b.path.name, "sha256": b.sha256, "chars": b.n_chars, "words": b.n_words} for b in books]
+        manifest |= {"model_name": settings["model_name"], "block_size": args.block_size, "tokenizer": fingerprint,
+                     "books": facts, "splits": splits, "overlap": overlap, "spans": spans}  # fmt: skip
+    clear_folder(args.output_dir, keep=[MANIFEST, *(name.split("/")[0] for name in manifest["files"])])
+    return manifest, False
+
+
+def main():
+    args = parse_args()
+    from utils.files import MANIFEST, check_output_dir
+    from utils.lock import lock
+
+    is_ours = (args.output_dir / MANIFEST).is_file()
+    check_output_dir(args.output_dir, is_ours, "prepare_data.py", args.overwrite, [args.model_name])
+    with lock(args.output_dir, "prepare"):
+        books, n_held_out = read_books(args)
+        manifest, up_to_date = prepare(args, books, n_held_out)
+    print_summary(args, manifest, sum(book.n_words for book in books))
+    if up_to_date:
+        print("up to date: the same command on the same book, nothing to do")
+    else:
+        print("next: python finetune_generative.py")
 
 
 if __name__ == "__main__":

@@ -2,8 +2,10 @@
 
 import importlib
 import os
+import signal
 import sys
 from collections import namedtuple
+from contextlib import contextmanager
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach a network; tests of the hub take this away
@@ -11,7 +13,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach a network; tests of the 
 import pytest
 import torch
 
-from utils.cli import run
+from utils.cli import STOP_SIGNALS, run
 
 torch.set_num_threads(1)  # tiny models are faster so, and results do not depend on the machine's cores
 
@@ -57,6 +59,17 @@ def tiny_model(tmp_path_factory, book):
     return folder
 
 
+@contextmanager
+def own_signals():
+    """Give the process its signal handlers back: a script ends by ignoring all that would stop it."""
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 @pytest.fixture
 def script(capsys, monkeypatch):
     """Run a script's main in this process: script('prepare_data', '--flag', value) -> code, out, err."""
@@ -64,7 +77,7 @@ def script(capsys, monkeypatch):
     def run_script(name, *argv):
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, argv)])
         capsys.readouterr()
-        with pytest.raises(SystemExit) as left:
+        with own_signals(), pytest.raises(SystemExit) as left:
             run(importlib.import_module(name).main)
         return Result(left.value.code, *capsys.readouterr())
 
@@ -78,7 +91,7 @@ def script_once():
     def run_script(name, *argv):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sys, "argv", [f"{name}.py", *map(str, argv)])
-            with pytest.raises(SystemExit) as left:
+            with own_signals(), pytest.raises(SystemExit) as left:
                 run(importlib.import_module(name).main)
         assert left.value.code == 0
 

@@ -4,74 +4,100 @@ A checkpoint is a folder checkpoint-<step> of safetensors and JSON; no pickle is
 """
 
 import copy
+import platform
 import re
-import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 
 from utils.cli import UserError, warn
-from utils.files import (
-    MANIFEST,
-    describe_files,
-    publish_files,
-    publish_folder,
-    read_json,
-    verify_files,
-    write_json,
-)
+from utils.failure import refuse_not_finite
+from utils.files import MANIFEST, discard, publish_files, publish_folder, read_json, verify_folder, write_json
 
 FORMAT = 1
 STATE = "trainer_state.json"
+OTHER_BYTES = 8_000_000  # tokenizer, configs and random state of a checkpoint, generously
 
 
 @dataclass
 class TrainState:
     """What a run knows besides weights, optimizer and random state.
 
-    step counts optimizer updates done, tokens those trained on, seconds those spent in all sittings.
+    step counts optimizer updates done, tokens those trained on, seconds those spent in all sittings;
+    evaluated_step is the last step that was scored to its end, machine what bit identity depends on.
     """
 
     step: int = 0
     tokens: int = 0
     seconds: float = 0.0
+    evaluated_step: int = -1
     best_step: int = 0
     base_metrics: dict = field(default_factory=dict)
     best_metrics: dict = field(default_factory=dict)
     evals_without_gain: int = 0
     finished: bool = False
+    machine: dict = field(default_factory=dict)
 
 
 def save_checkpoint(output_dir: Path, model, tokenizer, optimizer, state: TrainState, keep: int) -> Path:
     """Write checkpoint-<step>, then remove all but the newest `keep`."""
+    refuse_not_finite(model, optimizer, state.step)
     folder = output_dir / f"checkpoint-{state.step}"
-    with publish_folder(folder) as partial:
+    with publish_folder(folder, {"format": FORMAT}, checkpoint_bytes(model), "a checkpoint") as partial:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         save_optimizer(model, optimizer, partial / "optimizer.safetensors")
         save_random_state(partial / "rng_state.safetensors")
         write_json(partial / STATE, asdict(state))
-        write_json(partial / MANIFEST, {"format": FORMAT, "files": describe_files(partial)})
     for old in list_checkpoints(output_dir)[keep:]:
-        shutil.rmtree(old)
+        discard(old)
     return folder
+
+
+def checkpoint_bytes(model) -> int:
+    """Return about how many bytes a checkpoint takes: weights and AdamW's two averages."""
+    return 3 * sum(p.numel() * p.element_size() for p in model.parameters()) + OTHER_BYTES
 
 
 def save_best(output_dir: Path, model, tokenizer, dtype: torch.dtype) -> None:
     """Put a model, as save_pretrained writes it, and its tokenizer at the root of the output folder.
 
     Args:
-        output_dir: receives the files.
+        output_dir: receives the files, and a manifest of them.
         model: saved in dtype; the model itself stays as it is.
         tokenizer: saved beside it.
         dtype: of the written weights.
     """
     # A copy keeps tied weights tied, so that they are written once.
     written = model if model.dtype == dtype else copy.deepcopy(model).to(dtype)
-    with publish_files(output_dir) as partial:
+    with publish_files(output_dir, {"format": FORMAT}, checkpoint_bytes(model) // 3, "the model") as partial:
         written.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
+
+
+def describe_machine(device: torch.device) -> dict:
+    """Return what must be equal for a continued run to be equal to the bit."""
+    return {"threads": torch.get_num_threads(), "torch": torch.__version__, "device": device.type,
+            "processor": platform.machine()}  # fmt: skip
+
+
+def compare_settings(path: Path, settings: dict) -> None:
+    """Refuse to continue a run with other settings than run_config.json says it has.
+
+    Args:
+        path: the run's run_config.json.
+        settings: what shapes the result now; hashes among them end in _sha256.
+    """
+    before = read_json(path).get("settings")
+    for name, now in settings.items():
+        was = before.get(name) if isinstance(before, dict) else None
+        if was != now:
+            what = f"--{name.replace('_', '-')} {now} but the run has {was}"
+            if name.endswith("_sha256"):
+                kind = {"data_sha256": "data", "base_sha256": "base model"}[name]
+                what = f"{kind} differs from the run's (sha256 {now[:8]} not {str(was)[:8]})"
+            raise UserError(f"resume: {what}; use the same, another --output-dir, or --overwrite")
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
@@ -93,26 +119,41 @@ def find_checkpoint(output_dir: Path) -> Path | None:
             if reasons:
                 warn(f"{reasons[0]}; resuming from {folder.name}")
             return folder
-        reasons.append(f"{folder.name} unusable ({reason})")
+        reasons.append(f"{folder.name} unusable ({reason.replace(f'{folder}/', '')})")
     if reasons:
-        raise UserError(f"output-dir: {len(reasons)} checkpoints, none usable: {reasons[0]}; use --overwrite")
+        listed = ", ".join(reasons)
+        raise UserError(f"output-dir: {len(reasons)} checkpoints, none usable; --overwrite starts anew: {listed}")
     return None
 
 
 def check_checkpoint(folder: Path) -> str | None:
-    """Return why a checkpoint cannot be used, or None."""
+    """Return why a checkpoint cannot be used, or None.
+
+    Raises:
+        UserError: it is of a newer format; an older one beside it would lose what is newer.
+    """
     try:
-        manifest = read_json(folder / MANIFEST)
-        if manifest["format"] > FORMAT:
-            return f"format {manifest['format']} is newer than this program ({FORMAT})"
-        return verify_files(folder, manifest["files"])
-    except (UserError, KeyError, TypeError, AttributeError) as error:
+        made = read_json(folder / MANIFEST).get("format")
+        reason = verify_folder(folder)
+        if reason is None:
+            read_state(folder)
+    except UserError as error:
         return str(error)
+    if not isinstance(made, int) or made > FORMAT:
+        raise UserError(f"{folder}: format {made} is newer than this program ({FORMAT}); use the one that wrote it")
+    return reason
 
 
 def read_state(folder: Path) -> TrainState:
-    """Read trainer_state.json."""
-    return TrainState(**read_json(folder / STATE))
+    """Read trainer_state.json.
+
+    Raises:
+        UserError: a field lacks, is unknown, or is of another type.
+    """
+    values, types = read_json(folder / STATE), {name: type(value) for name, value in asdict(TrainState()).items()}
+    if {name: type(value) for name, value in values.items()} != types:
+        raise UserError(f"{folder / STATE} is damaged: its fields are not {', '.join(types)}")
+    return TrainState(**values)
 
 
 def save_optimizer(model, optimizer, path: Path) -> None:
@@ -133,9 +174,7 @@ def restore_optimizer(model, optimizer, path: Path) -> None:
     Raises:
         UserError: a tensor has another shape than its parameter; AdamW itself would accept it.
     """
-    from safetensors.torch import load_file
-
-    tensors = load_file(path)
+    tensors = read_tensors(path)
     for name, parameter in model.named_parameters():
         entry = {key: tensors.get(f"{key}/{name}") for key in ("step", "exp_avg", "exp_avg_sq")}
         if all(value is None for value in entry.values()):
@@ -147,6 +186,17 @@ def restore_optimizer(model, optimizer, path: Path) -> None:
                 raise UserError(f"{path}: {key} of {name} is {found}, expected {'x'.join(map(str, expected))}")
         # Fused AdamW on a GPU keeps its step counts there, on a CPU they stay on the CPU.
         optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in entry.items()}
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """Read a safetensors file."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise UserError(f"{path} is damaged: {error}") from None
 
 
 def save_random_state(path: Path) -> None:
@@ -165,9 +215,7 @@ def restore_random_state(path: Path) -> None:
     Raises:
         UserError: the state has another size than this PyTorch's.
     """
-    from safetensors.torch import load_file
-
-    states = load_file(path)
+    states = read_tensors(path)
     expected = len(torch.get_rng_state())
     if "cpu" not in states or len(states["cpu"]) != expected:
         raise UserError(f"{path}: {len(states.get('cpu', []))} bytes, expected {expected}")

@@ -11,6 +11,7 @@ import errno
 import math
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -22,6 +23,7 @@ EXIT_DIVERGED = 4
 MAX_ERROR_CHARS = 240
 # The machine's fault, not the user's: full or failing disk, quota, read-only file system.
 MACHINE_ERRNOS = {errno.ENOSPC, errno.EIO, errno.EROFS, errno.EDQUOT}
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class UserError(Exception):
@@ -35,6 +37,57 @@ class UserError(Exception):
     def __init__(self, message: str, code: int = EXIT_INPUT) -> None:
         super().__init__(message)
         self.code = code
+
+
+class Stopped(BaseException):
+    """A signal that asks the program to end; exit status 128 + its number."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.code = 128 + number
+
+
+def catch_signals(receive: Callable[[int, Any], None]) -> None:
+    """Send the signals that ask for an end to receive(number, frame), but for those ignored (nohup)."""
+    for number in STOP_SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, receive)
+
+
+def leave(number: int, _frame: Any) -> NoReturn:
+    """Raise the signal as Stopped, wherever the program is."""
+    raise Stopped(number)
+
+
+def machine_reason(error: BaseException) -> str | None:
+    """Say in the system's words how the machine failed, or None when it was not the machine.
+
+    The libraries that write from C++ and Rust give the errno in their message only.
+    """
+    found = re.search(r"(?:os error |[Ee]rrno )(\d+)", str(error))
+    number = getattr(error, "errno", None) or (int(found.group(1)) if found else None)
+    return os.strerror(number).lower() if number in MACHINE_ERRNOS else None
+
+
+class StopSignal:
+    """Turn SIGINT, SIGTERM and SIGHUP into a wish that the loop sees; a second one ends at once."""
+
+    def __init__(self) -> None:
+        self.number = 0
+        catch_signals(self.receive)
+
+    def receive(self, number: int, _frame: Any) -> None:
+        if self.number:
+            raise Stopped(number)
+        self.number = number
+
+    def __bool__(self) -> bool:
+        return self.number > 0
+
+
+def ignore_signals(_worker: int) -> None:
+    """Leave the stopping to the main process: it still needs the batches of the update at hand."""
+    catch_signals(signal.SIG_IGN)
 
 
 class HelpFormatter(argparse.HelpFormatter):
@@ -145,6 +198,14 @@ def _not_a_number(text: str, convert: type, kind: str) -> str:
     return f"{shown!r} is not a plain number"
 
 
+def refuse_many_processes() -> None:
+    """Say at once that torchrun's other processes would only repeat the work."""
+    processes = os.environ.get("WORLD_SIZE", "1")
+    if processes != "1" or ("RANK" in os.environ and "WORLD_SIZE" not in os.environ):
+        started = f"{processes} processes" if processes != "1" else "RANK is set, WORLD_SIZE is not set"
+        raise UserError(f"{started}: this program trains in one process; start it with python, not torchrun")
+
+
 def text_encoding(name: str) -> str:
     """Parse the name of a text encoding that Python knows."""
     try:
@@ -173,12 +234,13 @@ def warn(message: str) -> None:
 def run(main: Callable[[], int | None]) -> NoReturn:
     """Run a script's main function and leave with its exit status.
 
-    A UserError, the machine's own failures and a file that the system refuses become one line on
-    stderr; anything else is a defect of this program and keeps its traceback.
+    A UserError, a signal, the machine's own failures and a file that the system refuses become one
+    line on stderr; anything else is a defect of this program and keeps its traceback.
     """
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # a terminal without UTF-8 is no reason to stop
     try:
+        catch_signals(leave)
         try:
             code = main() or 0
         except SystemExit as left:  # --help
@@ -186,21 +248,22 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         sys.stdout.flush()
     except UserError as error:
         code = _report(str(error), error.code)
-    except KeyboardInterrupt:
-        code = 130
+    except Stopped as stopped:
+        code = stopped.code
+        print("stopped; what was finished is safe, and the same command goes on", file=sys.stderr, flush=True)
     except BrokenPipeError:
         code = 0
         # The reader (| head) has left; without this, Python complains once more at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except OSError as error:
-        broken, name = error.errno in MACHINE_ERRNOS, str(error.filename or "")
-        if not broken and not (name and error.errno):
+    except Exception as error:
+        reason, name = machine_reason(error), str(getattr(error, "filename", None) or "")
+        if not reason and not (name and isinstance(error, OSError) and error.errno):
             raise
         where = f"{name[:60]}..." if len(name) > 120 else name or "cannot write output"
-        reason = os.strerror(error.errno).lower()
-        code = _report(f"{where}: {reason}", EXIT_MACHINE if broken else EXIT_INPUT)
-        if broken:
+        code = _report(f"{where}: {reason or os.strerror(error.errno).lower()}", EXIT_MACHINE if reason else EXIT_INPUT)
+        if reason:
             os._exit(code)  # flushing a full stdout again at exit would print a second message
+    catch_signals(signal.SIG_IGN)  # it is over; nothing is left to stop
     sys.exit(code)
 
 
@@ -208,5 +271,6 @@ def _report(message: str, code: int) -> int:
     line = " ".join(f"error: {message}".split())
     if len(line) > MAX_ERROR_CHARS:
         line = line[: MAX_ERROR_CHARS - 3] + "..."
-    print(line, file=sys.stderr, flush=True)
+    if os.environ.get("RANK", "0") == "0":  # torchrun starts many: one of them speaks
+        print(line, file=sys.stderr, flush=True)
     return code

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from utils.cli import UserError
-from utils.files import MANIFEST, read_json, verify_files
+from utils.files import MANIFEST, read_json, verify_folder
 
 FORMAT = 1
 RUN_TOKENS = 32
@@ -179,7 +179,7 @@ def open_blocks(folder: Path) -> Blocks:
     from datasets import load_from_disk
 
     manifest = read_manifest(folder)
-    problem = verify_files(folder, manifest["files"])
+    problem = verify_folder(folder)
     if problem:
         raise UserError(f"{problem}; run prepare_data.py again")
     if manifest["splits"]["train"]["blocks"] < 1:

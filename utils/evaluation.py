@@ -6,7 +6,9 @@ import torch
 
 
 @torch.no_grad()
-def score_blocks(model, blocks, batch_size: int, autocast, progress=None) -> tuple[float, int]:
+def score_blocks(
+    model, blocks, batch_size: int, autocast, progress=None, stopping: object = False
+) -> tuple[float, int] | None:
     """Sum the next-token loss of a model over blocks; nothing of a training in progress changes.
 
     Args:
@@ -15,14 +17,18 @@ def score_blocks(model, blocks, batch_size: int, autocast, progress=None) -> tup
         batch_size: blocks a forward pass.
         autocast: function that gives the context to compute in.
         progress: called with the number of blocks just scored.
+        stopping: looked at before each pass; true ends the scoring.
     Returns:
-        loss_sum in nats and n_targets = N * (T - 1).
+        loss_sum in nats and n_targets = N * (T - 1); None when it was stopped before the end.
     Source: equals a log-softmax/gather scorer to 1e-5; tests/test_evaluation.py.
     """
     was_training = model.training
     model.eval()  # no dropout, so no random number is drawn
     loss_sum, n_targets = 0.0, 0
     for start in range(0, len(blocks), batch_size):
+        if stopping:
+            model.train(was_training)
+            return None
         input_ids = blocks[start : start + batch_size]["input_ids"].to(model.device)
         with autocast():
             loss = model(input_ids=input_ids, labels=input_ids, use_cache=False).loss  # shifts inside

@@ -1,27 +1,36 @@
-"""Publish, verify: the only module that makes a file final.
+"""Publish and verify: the only module that makes a file final.
 
-A file or folder appears under its name whole or not at all: it is built beside its place, synced to
-the disk, then renamed. Knows nothing of what is inside.
+A file or folder appears under its name whole or not at all: it is built aside, synced to the disk, then
+renamed, and the folder that holds its name is synced last. All of it happens inside the output folder.
+Knows nothing of what is written.
 """
 
 import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from utils.cli import UserError
+from utils.cli import EXIT_MACHINE, UserError, machine_reason
 
 MANIFEST = "manifest.json"
+# What is being built, and what is on its way out. A killed run leaves them behind; the next removes them.
+PARTIAL, OLD = ".partial", ".old"
 
 
 def hash_file(path: Path) -> str:
     """Return the sha256 of a file as hex digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def hash_files(paths: Iterable[Path]) -> str:
+    """Return one sha256 over several files, whatever their names and order are."""
+    return hashlib.sha256("".join(sorted(map(hash_file, paths))).encode()).hexdigest()
 
 
 def sync(path: Path) -> None:
@@ -33,13 +42,24 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replace a text file whole: readers see the old content or the new, never a part."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    sync(partial)
-    os.replace(partial, path)
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give a name to write a file to, then put it in the place of path: readers see the old or the new."""
+    partial = path.with_name(f".{path.name}{PARTIAL}")
+    try:
+        yield partial
+        sync(partial)
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
     sync(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a text file whole."""
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -64,92 +84,181 @@ def read_json(path: Path, what: str = "") -> dict:
         raise UserError(f"{what}{path} is damaged: line {error.lineno} column {error.colno}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{what}{path} is damaged: byte {error.start} is not UTF-8") from None
-    except RecursionError:
-        raise UserError(f"{what}{path} is damaged: nested too deeply") from None
+    except (RecursionError, ValueError):  # ValueError: a whole number of thousands of digits
+        raise UserError(f"{what}{path} is damaged: nested too deeply, or a number too long") from None
     if not isinstance(value, dict):
         raise UserError(f"{what}{path} is damaged: not a JSON object")
     return value
 
 
-def _umask() -> int:
-    """Read the umask; the system gives it only in exchange for a new one."""
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask
+def sweep(folder: Path) -> None:
+    """Remove what a killed run left half built or half removed; only for the holder of the lock."""
+    for path in (folder / PARTIAL, folder / OLD):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def discard(path: Path) -> None:
+    """Remove a file, or a folder at once under its name: killed in the middle, none is half there."""
+    if path.is_symlink() or not path.is_dir():
+        path.unlink(missing_ok=True)
+        return
+    old = path.parent / OLD
+    shutil.rmtree(old, ignore_errors=True)
+    os.rename(path, old)
+    shutil.rmtree(old)
+
+
+def clear_folder(folder: Path, keep: Iterable[str] = ()) -> None:
+    """Remove what a folder holds, but for locks and the names to keep."""
+    for path in sorted(folder.iterdir()):
+        if path.name not in keep and path.suffix != ".lock":
+            discard(path)
+
+
+def require_space(folder: Path, size: int, what: str) -> None:
+    """Refuse to begin what will not fit.
+
+    Args:
+        folder: where it will be written.
+        size: bytes it will take.
+        what: begins the message, like 'a checkpoint'.
+    Raises:
+        UserError: fewer bytes are free (exit status 3).
+    """
+    free = shutil.disk_usage(folder).free
+    if free < size:
+        raise UserError(f"output-dir: {folder}: disk full, {what} needs {_mb(size)}, {_mb(free)} free", EXIT_MACHINE)
+
+
+def _mb(size: int) -> str:
+    return f"{size / 1e6:,.1f} MB"
 
 
 @contextmanager
-def building(target: Path) -> Iterator[Path]:
-    """Give an empty folder beside target to build in; it is synced at the end, and removed on error."""
-    partial = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # a killed run's leftover
-    missing = [parent for parent in partial.parents if not parent.exists()]
-    partial.mkdir(parents=True)
+def building(folder: Path, size: int, what: str) -> Iterator[Path]:
+    """Give an empty folder inside folder to build in; whatever fails, it is removed again.
+
+    Raises:
+        UserError: the disk is full or fails (exit status 3); the message tells what is needed and free.
+    """
+    partial = folder / PARTIAL
+    shutil.rmtree(partial, ignore_errors=True)
+    require_space(folder, size, what)
     try:
+        partial.mkdir()
         yield partial
-        for path in sorted(partial.rglob("*")):
-            if path.is_file():
-                path.chmod(0o666 & ~_umask())  # safetensors makes its files private whatever the umask
-            sync(path)
-        sync(partial)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
-        for parent in missing:
-            with suppress(OSError):
-                parent.rmdir()
-        raise
+        reason = machine_reason(error)
+        if reason is None:
+            raise
+        sizes = f"{what} needs {_mb(size)}, {_mb(shutil.disk_usage(folder).free)} free"
+        raise UserError(f"output-dir: {folder}: {reason}, {sizes}", EXIT_MACHINE) from None
+
+
+def _seal(partial: Path, manifest: dict) -> None:
+    """Describe what was built in its manifest, and force all of it to the disk, the manifest last."""
+    manifest["files"] = describe_files(partial)
+    mask = os.umask(0o077)  # the system tells the umask only in exchange for a new one
+    os.umask(mask)
+    for path in sorted(partial.rglob("*")):
+        if path.is_file():
+            path.chmod(0o666 & ~mask)  # safetensors makes its files private whatever the umask
+        sync(path)
+    write_json(partial / MANIFEST, manifest)
 
 
 @contextmanager
-def publish_folder(target: Path) -> Iterator[Path]:
-    """Build a folder aside and rename it to target, replacing what stood there."""
-    with building(target) as partial:
+def publish_folder(target: Path, manifest: dict, size: int, what: str) -> Iterator[Path]:
+    """Build a folder aside and rename it to target.
+
+    Args:
+        target: the new folder; what stands there is replaced.
+        manifest: what manifest.json says besides sizes and checksums of the files.
+        size: bytes expected.
+        what: names it in an error, like 'a checkpoint'.
+    """
+    with building(target.parent, size, what) as partial:
         yield partial
-    old = target.with_name(f".{target.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
-        os.rename(target, old)
-    os.rename(partial, target)
-    sync(target.parent)
-    shutil.rmtree(old, ignore_errors=True)
+        _seal(partial, manifest)
+        discard(target)
+        os.rename(partial, target)
+        sync(target.parent)
 
 
 @contextmanager
-def publish_files(folder: Path) -> Iterator[Path]:
-    """Build several files aside and rename each into a folder that holds other files too."""
-    with building(folder / "files") as partial:
+def publish_files(folder: Path, manifest: dict, size: int, what: str) -> Iterator[Path]:
+    """Build files aside and move them into a folder that stays where it is; arguments as publish_folder.
+
+    The manifest goes first and describes the files that it replaces too, so that at every moment the
+    folder agrees with its manifest: a reader finds all of the old or all of the new.
+    """
+    with building(folder, size, what) as partial:
         yield partial
-    for path in sorted(partial.iterdir()):
-        os.replace(path, folder / path.name)
-    partial.rmdir()
-    sync(folder)
+        _seal(partial, manifest)
+        write_json(folder / MANIFEST, manifest | {"replaces": _described(folder)})
+        for path in sorted(partial.iterdir()):
+            if path.name != MANIFEST:
+                if path.is_dir():
+                    discard(folder / path.name)
+                os.replace(path, folder / path.name)
+        sync(folder)
+        os.replace(partial / MANIFEST, folder / MANIFEST)
+        sync(folder)
+        partial.rmdir()
+
+
+def _described(folder: Path) -> Any:
+    with suppress(UserError):
+        return read_json(folder / MANIFEST).get("files")
 
 
 def describe_files(folder: Path) -> dict[str, dict]:
-    """List every file below a folder: its relative name, size in bytes and sha256."""
+    """List every file below a folder but its manifest: relative name, size in bytes and sha256."""
     return {
         path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": hash_file(path)}
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != MANIFEST
+        if path.is_file() and path != folder / MANIFEST
     }
 
 
-def verify_files(folder: Path, files: dict[str, dict]) -> str | None:
-    """Compare files with what describe_files said of them.
+def verify_folder(folder: Path) -> str | None:
+    """Compare a published folder with its manifest, also while a writer replaces its files.
 
     Returns:
-        None when all are as described, else one sentence on the first that is not.
+        None when every file is as the manifest says, else one sentence on the first that is not.
+    Raises:
+        UserError: the manifest itself cannot be read.
     """
-    for name, entry in files.items():
+    patience = time.monotonic() + 2
+    while True:
+        manifest = read_json(folder / MANIFEST)
+        problem, before = verify_files(folder, manifest.get("files")), manifest.get("replaces")
+        if problem is None or (before and verify_files(folder, before) is None):
+            return None
+        under_way = "replaces" in manifest or read_json(folder / MANIFEST) != manifest
+        if not under_way or time.monotonic() > patience:
+            return problem
+        time.sleep(0.02)
+
+
+def verify_files(folder: Path, files: Any) -> str | None:
+    """Compare files with what describe_files said of them; returns as verify_folder."""
+    root = os.path.realpath(folder)
+    try:
+        entries = [(name, int(entry["bytes"]), str(entry["sha256"])) for name, entry in files.items()]
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return f"{folder / MANIFEST} is damaged"
+    for name, expected, sha256 in entries:
         path = folder / name
-        if Path(name).is_absolute() or ".." in Path(name).parts:
+        if os.path.realpath(path) != f"{root}/{name}":  # ../x, /x, a link, or a link on the way
             return f"{folder / MANIFEST}: file name {name!r} not allowed"
         if not path.is_file():
             return f"{path} is missing"
         size = path.stat().st_size
-        if size != entry["bytes"]:
-            return f"{path} is damaged: {size} bytes, expected {entry['bytes']}"
-        if hash_file(path) != entry["sha256"]:
+        if size != expected:
+            return f"{path} is damaged: {size} bytes, expected {expected}"
+        if hash_file(path) != sha256:
             return f"{path} is damaged: checksum differs"
     return None
 
@@ -177,9 +286,11 @@ def check_output_dir(path: Path, is_ours: bool, maker: str, overwrite: bool, inp
         folder = Path(given).resolve()
         if full.is_relative_to(folder) or folder.is_relative_to(full):
             raise UserError(f"output-dir: refusing to use {path}; {given} is read, give a folder of its own")
-    if path.is_dir() and any(path.iterdir()) and not is_ours and not overwrite:
+    inside = list(path.iterdir()) if path.is_dir() else []
+    leftovers = [p for p in inside if p.name in (PARTIAL, OLD) or p.suffix == ".lock"]
+    if len(inside) > len(leftovers) and not is_ours and not overwrite:
         raise UserError(f"output-dir: {path} is not empty and not made by {maker}; use another or --overwrite")
-    link = next((p for p in path.glob("*") if p.is_symlink()), None)
+    link = next((p for p in inside if p.is_symlink()), None)
     if link:
         raise UserError(f"output-dir: {link} is a symbolic link; remove it")
     parent = next(p for p in (full, *full.parents) if p.exists())

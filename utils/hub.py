@@ -6,10 +6,11 @@ Owns the only network access of the project. Everything after works on a local f
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from utils.cli import EXIT_MACHINE, UserError, warn
-from utils.files import read_json
+from utils.files import hash_file, read_json
 
 EMBEDDED_BASE = "results/base_model"
 FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
@@ -30,6 +31,8 @@ import sys
 from huggingface_hub import snapshot_download
 snapshot_download(sys.argv[1], allow_patterns=sys.argv[2:])
 """
+# A download that brings less than this many bytes in so many seconds will not end today.
+STALL_BYTES, STALL_SECONDS = 100_000, 12
 
 
 def locate_model(name: str, what: str = "model") -> Path:
@@ -54,32 +57,69 @@ def locate_model(name: str, what: str = "model") -> Path:
     return _from_cache(name, what) or _from_hub(name, what)
 
 
+def find_local(name: str) -> Path | None:
+    """Return the folder of a model that is here or in the cache, without looking elsewhere."""
+    return Path(name) if Path(name).is_dir() else _from_cache(name, "model")
+
+
 def _from_cache(name: str, what: str) -> Path | None:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
     try:
-        return Path(snapshot_download(name, allow_patterns=FILES, local_files_only=True))
+        folder = Path(snapshot_download(name, allow_patterns=FILES, local_files_only=True))
     except HFValidationError:
         raise UserError(f"{what}: {name!r} is neither a folder nor a name on the hub") from None
     except OSError:  # huggingface_hub's "not in the cache" is one
         return None
+    # A download that was cut off leaves a folder too, in which links lack or lead nowhere.
+    weights = [path for pattern in ("*.safetensors", "*.bin") for path in folder.glob(pattern)]
+    whole = (folder / "config.json").is_file() and weights and all(path.is_file() for path in weights)
+    return folder if whole else None
 
 
 def _from_hub(name: str, what: str) -> Path:
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-    answer = _ask(f"{endpoint}/{name}/resolve/main/config.json")
-    if answer == NOT_THERE:
+    why = _ask(f"{endpoint}/{name}/resolve/main/config.json")
+    if why == NOT_THERE:
         raise UserError(f"{what} {name!r} does not exist on the hub, or is not open to you")
-    if answer == 0:
+    if why == 0:
         print(f"downloading {name} from {endpoint}", flush=True)
-        if subprocess.run([sys.executable, "-c", DOWNLOAD, name, *FILES], check=False).returncode == 0:
-            found = _from_cache(name, what)
-            if found:
-                return found
-    why = {0: "the download failed", 1: "the network is unreachable"}.get(answer, answer)
+        why = _download(name)
+        if why is None and (found := _from_cache(name, what)):
+            return found
+    why = {0: "the download failed", None: "its download is incomplete", 1: "the network is unreachable"}.get(why, why)
     advice = f"download it elsewhere and give its folder, or use the embedded --model-name {EMBEDDED_BASE}"
     raise UserError(f"{what} {name}: not in the cache and {why}; {advice}", EXIT_MACHINE)
+
+
+def _download(name: str) -> str | None:
+    """Fetch a model into the cache in a child, and check its files; returns what went wrong, or None.
+
+    The child is ended when it makes no headway. What it has fetched stays: the next one goes on from there.
+    """
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    cache = Path(HF_HUB_CACHE) / f"models--{name.replace('/', '--')}"
+    plain = os.environ | {"HF_HUB_DISABLE_XET": "1", "HF_HUB_CACHE": str(HF_HUB_CACHE)}  # xet hides its progress
+    child = subprocess.Popen([sys.executable, "-c", DOWNLOAD, name, *FILES], env=plain, stderr=subprocess.DEVNULL)
+    try:
+        seen, since = 0, time.monotonic()
+        while child.poll() is None:
+            time.sleep(0.2)
+            size = sum(path.lstat().st_size for path in cache.glob("blobs/*"))
+            if size >= seen + STALL_BYTES:
+                seen, since = size, time.monotonic()
+            elif time.monotonic() > since + STALL_SECONDS:
+                return f"the hub sends less than {STALL_BYTES / 1000:.0f} kB in {STALL_SECONDS} s"
+    finally:
+        child.kill()
+        child.wait()
+    for blob in cache.glob("blobs/*"):
+        if len(blob.name) == 64 and hash_file(blob) != blob.name:  # the hub names large files by their sha256
+            blob.unlink()
+            return "a downloaded file had a wrong checksum and was removed"
+    return None if child.returncode == 0 else "the download failed; the same command goes on from there"
 
 
 def _ask(url: str) -> int | str:

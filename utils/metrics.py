@@ -4,7 +4,7 @@ import json
 import platform
 from pathlib import Path
 
-from utils.files import write_json
+from utils.files import replacing, sync, write_json, write_text
 
 METRICS = "metrics.jsonl"
 RESULT_NAMES = {"eval/loss": "eval_loss", "eval/perplexity": "perplexity", "eval/bits_per_byte": "bits_per_byte"}
@@ -22,7 +22,7 @@ class MetricsLog:
     def __init__(self, folder: Path, step: int, tensorboard: bool = False) -> None:
         self.path = folder / METRICS
         kept = [row for row in read_metrics(folder) if step and row["step"] <= step]
-        self.path.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
         self.writer = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -32,10 +32,14 @@ class MetricsLog:
     def write(self, step: int, values: dict[str, float]) -> None:
         """Write one line at once, so that a killed run keeps what it has measured."""
         with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+            file.write(json.dumps({"step": step, **values}, allow_nan=False) + "\n")
         if self.writer:
             for key, value in values.items():
                 self.writer.add_scalar(key, value, step)
+
+    def sync(self) -> None:
+        """Force the lines to the disk: a checkpoint must not be newer than what it was measured by."""
+        sync(self.path)
 
     def close(self) -> None:
         if self.writer:
@@ -43,13 +47,14 @@ class MetricsLog:
 
 
 def read_metrics(folder: Path) -> list[dict]:
-    """Read metrics.jsonl; a last line cut by a kill is left out."""
+    """Read metrics.jsonl up to the first line that a kill or a power cut has spoilt."""
     rows = []
     if (folder / METRICS).is_file():
-        for line in (folder / METRICS).read_text(encoding="utf-8").splitlines():
+        for line in (folder / METRICS).read_text(encoding="utf-8", errors="replace").splitlines():
             try:
-                rows.append(json.loads(line))
-            except ValueError:
+                row = json.loads(line)
+                rows.append({"step": int(row["step"]), **row})
+            except (ValueError, TypeError, KeyError):
                 break
     return rows
 
@@ -78,13 +83,12 @@ def draw_loss_curve(folder: Path) -> None:
     axes.set(xlabel="step (optimizer updates)", ylabel="loss (nats a token)", title="Loss on the book")
     axes.grid(alpha=0.25)
     axes.legend()
-    partial = folder / ".loss_curve.partial.png"
-    figure.savefig(partial, dpi=120)
+    with replacing(folder / "loss_curve.png") as partial:
+        figure.savefig(partial, dpi=120, format="png")
     pyplot.close(figure)
-    partial.replace(folder / "loss_curve.png")
 
 
-def write_run_config(args, settings: dict, base: str, data) -> None:
+def write_run_config(args, settings: dict, base: str, data, machine: dict) -> None:
     """Write run_config.json: every setting, the data's counts and hashes, versions, machine."""
     import datasets
     import tokenizers
@@ -100,7 +104,7 @@ def write_run_config(args, settings: dict, base: str, data) -> None:
         "flags": {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items()},
         "data": {name: data.manifest[name] for name in ("settings", "splits", "tokenizer", "block_size")},
         "versions": {"python": platform.python_version()} | {lib.__name__: lib.__version__ for lib in libraries},
-        "machine": {"system": platform.platform(), "threads": torch.get_num_threads()},
+        "machine": {"system": platform.platform(), **machine},
     }
     write_json(args.output_dir / "run_config.json", config)
 

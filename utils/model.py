@@ -6,12 +6,14 @@ Owns what a model folder must hold before its weights are trusted. Finding the f
 import contextlib
 import json
 import math
+import os
 from pathlib import Path
 
 import torch
 from transformers.utils import logging
 
 from utils.cli import UserError
+from utils.files import MANIFEST, verify_folder
 from utils.hub import position_limit, read_config
 from utils.tokens import load_tokenizer
 
@@ -216,6 +218,14 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def set_deterministic(wanted: bool) -> None:
+    """Ask PyTorch for kernels that give the same bits every time; on a CPU they do anyway."""
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+
+
 def pick_dtype(name: str, device: torch.device) -> str:
     """Turn --dtype into 'fp32' or 'bf16', what a device computes in; weights stay float32.
 
@@ -246,7 +256,14 @@ def autocast(device: torch.device, dtype: str):
 
 
 def load_pair(folder: Path):
-    """Load a folder's model and tokenizer, and check that they fit each other."""
+    """Load a folder's model and tokenizer, and check that they fit each other.
+
+    Raises:
+        UserError: as load_model; or a file is not as the manifest of a folder that we wrote says.
+    """
+    problem = verify_folder(folder) if (folder / MANIFEST).is_file() else None
+    if problem:
+        raise UserError(f"model: {problem}")
     model, tokenizer = load_model(folder), load_tokenizer(folder)
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
