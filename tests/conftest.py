@@ -17,6 +17,17 @@ from utils.cli import STOP_SIGNALS, run
 
 torch.set_num_threads(1)  # tiny models are faster so, and results do not depend on the machine's cores
 
+
+def pytest_addoption(parser):
+    parser.addoption("--full", action="store_true", help="the full counts of make soak, in place of the quick ones")
+
+
+@pytest.fixture(scope="session")
+def amount(request):
+    """Choose a count: amount(quick, full) -> the one that this session wants."""
+    return lambda quick, full: full if request.config.getoption("--full") else quick
+
+
 Result = namedtuple("Result", "code out err")
 
 NAMES = ["Ada", "Bram", "Cleo", "Dov", "Edda", "Finn", "Greta", "Hal", "Ines", "Jory"]
