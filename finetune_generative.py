@@ -79,17 +79,34 @@ def device_name(text):
     return text
 
 
-def load_start(args, data, base, folder):
+def find_base(args, data):
+    """Return the name of the base model and its folder; None for a folder that is not needed, or not there any more."""
+    from utils.hub import find_local, locate_model
+
+    if args.from_scratch:
+        return str(args.output_dir / "untrained_model"), None
+    base = args.model_name or data.manifest["model_name"]
+    if base is None:
+        raise UserError("the data has a tokenizer of its own and no model; give --from-scratch CONFIG.json")
+    is_new = args.overwrite or not (args.output_dir / "run_config.json").is_file()
+    return base, locate_model(base) if is_new else find_local(base)
+
+
+def load_base(args, data, base, folder):
     """Load the base model, or make a new one, with its tokenizer."""
-    from utils.model import load_pair, new_model
+    from utils.hub import locate_model
+    from utils.model import check_fit, load_pair, new_model
     from utils.tokens import fingerprint_tokenizer, load_tokenizer
 
     if args.from_scratch:
         tokenizer = load_tokenizer(args.data_dir / "tokenizer")
-        return new_model(args.from_scratch, tokenizer, args.seed), tokenizer
-    model, tokenizer = load_pair(folder)
-    if fingerprint_tokenizer(tokenizer) != data.manifest["tokenizer"]["sha256"]:
-        raise UserError(f"data was made with another tokenizer than {base}'s; run prepare_data.py --model-name {base}")
+        model = new_model(args.from_scratch, tokenizer, args.seed)
+    else:
+        model, tokenizer = load_pair(folder or locate_model(base))
+        if fingerprint_tokenizer(tokenizer) != data.manifest["tokenizer"]["sha256"]:
+            advice = f"run prepare_data.py --model-name {base}"
+            raise UserError(f"data was made with another tokenizer than {base}'s; {advice}")
+    check_fit(model, data)
     return model, tokenizer
 
 
@@ -115,6 +132,27 @@ def find_unfinished(args, settings):
         return None
     compare_settings(args.output_dir / "run_config.json", settings)
     return find_checkpoint(args.output_dir)
+
+
+def start_run(args, settings, data, base, folder, device):
+    """Load or make the model of a new run, and write down what the run is."""
+    import torch
+
+    from utils.checkpoint import checkpoint_bytes, describe_machine, save_best
+    from utils.files import clear_folder, require_space
+    from utils.metrics import write_run_config
+    from utils.model import DTYPES
+
+    model, tokenizer = load_base(args, data, base, folder)
+    torch.manual_seed(args.seed)
+    given_back = sum(path.stat().st_size for path in args.output_dir.rglob("*") if path.is_file())
+    require_space(args.output_dir, 2 * checkpoint_bytes(model) - given_back, "a pair of checkpoints")
+    clear_folder(args.output_dir)  # only now: everything that could be refused has been
+    write_run_config(args, settings, base, data, describe_machine(device))
+    if args.from_scratch:  # so that generate_text.py has a base to compare with
+        Path(base).mkdir(exist_ok=True)
+        save_best(Path(base), model, tokenizer, DTYPES[args.save_dtype])
+    return model, tokenizer
 
 
 def train(args, plan, model, tokenizer, data, optimizer, state):
@@ -271,26 +309,6 @@ def print_settings(args, plan, data, model, base):
         warn(f"a batch is the {len(data.train)} blocks there are, not {batch}")
 
 
-def start_run(args, settings, data, base, folder, device):
-    """Load or make the model of a new run, and write down what the run is."""
-    import torch
-
-    from utils.checkpoint import describe_machine, save_best
-    from utils.files import clear_folder
-    from utils.metrics import write_run_config
-    from utils.model import DTYPES, check_fit
-
-    model, tokenizer = load_start(args, data, base, folder)
-    check_fit(model, data)
-    torch.manual_seed(args.seed)
-    clear_folder(args.output_dir)  # only now: everything that could be refused has been
-    write_run_config(args, settings, base, data, describe_machine(device))
-    if args.from_scratch:  # so that generate_text.py has a base to compare with
-        Path(base).mkdir(exist_ok=True)
-        save_best(Path(base), model, tokenizer, DTYPES[args.save_dtype])
-    return model, tokenizer
-
-
 def print_outcome(args, state, results):
     if "eval_loss" in results:
         print(f"held-out loss {results['base_eval_loss']:.4f} -> {results['eval_loss']:.4f} nats a token "
@@ -307,7 +325,6 @@ def finetune(args):
     from utils.data import open_blocks
     from utils.failure import explain
     from utils.files import require_space, sweep
-    from utils.hub import find_local, locate_model
     from utils.metrics import write_results
     from utils.model import load_pair, pick_device, set_deterministic, set_dropout
     from utils.optim import build_optimizer
@@ -315,14 +332,7 @@ def finetune(args):
     device, data = pick_device(args.device), open_blocks(args.data_dir)
     set_deterministic(args.deterministic)
     plan = Plan(args, data, device)
-    base, folder = args.model_name or data.manifest["model_name"], None
-    if args.from_scratch:
-        base = str(args.output_dir / "untrained_model")
-    elif base is None:
-        raise UserError("the data has a tokenizer of its own and no model; give --from-scratch CONFIG.json")
-    else:
-        is_new = args.overwrite or not (args.output_dir / "run_config.json").is_file()
-        folder = locate_model(base) if is_new else find_local(base)
+    base, folder = find_base(args, data)
     settings = settings_of(args, data, base, folder)
     checkpoint = find_unfinished(args, settings)
     sweep(args.output_dir)
@@ -332,38 +342,29 @@ def finetune(args):
         print(f"already complete at step {state.step}: {args.output_dir}; --overwrite starts anew")
         return 0
 
-    machine = checkpoints.describe_machine(device)
     if checkpoint:
         print(f"continuing from step {state.step} of {plan.max_steps} ({checkpoint})")
         model, tokenizer = load_pair(checkpoint)
-        changed = [
-            f"{machine.get(name)} {name}, was {was}" for name, was in state.machine.items() if machine.get(name) != was
-        ]
-        if changed:
-            warn(f"not bit-identical from here: {'; '.join(changed)}")
     else:
         model, tokenizer = start_run(args, settings, data, base, folder, device)
-    state.machine = machine
     if args.dropout is not None:
         set_dropout(model, args.dropout)
     model.to(device)
     betas = (args.adam_beta1, args.adam_beta2)
     optimizer = build_optimizer(model, args.learning_rate, args.weight_decay, betas, args.adam_epsilon)
     if checkpoint:
+        require_space(args.output_dir, checkpoints.checkpoint_bytes(model), "a checkpoint")
         checkpoints.restore_optimizer(model, optimizer, checkpoint / "optimizer.safetensors")
         checkpoints.restore_random_state(checkpoint / "rng_state.safetensors")
+    checkpoints.note_machine(state, device)
     print_settings(args, plan, data, model, base)
 
     try:
-        count, what = (1, "a checkpoint") if checkpoint else (2, "a pair of checkpoints")
-        require_space(args.output_dir, count * checkpoints.checkpoint_bytes(model), what)
         stopped_by = train(args, plan, model, tokenizer, data, optimizer, state)
         results = write_results(args.output_dir, state, plan.max_steps)
     except Exception as error:
         explained = explain(error, args, state, checkpoints.list_checkpoints(args.output_dir))
-        if explained is None:
-            raise
-        raise explained from None
+        raise explained or error from None
     if stopped_by:
         print(f"stopped at step {state.step} of {plan.max_steps}, saved; the same command goes on from here")
         return 128 + stopped_by

@@ -82,6 +82,15 @@ def describe_machine(device: torch.device) -> dict:
             "processor": platform.machine()}  # fmt: skip
 
 
+def note_machine(state: TrainState, device: torch.device) -> None:
+    """Put the machine into the state, and warn when the run was begun on another."""
+    machine, before = describe_machine(device), state.machine
+    changed = [f"{name} {now}, was {before[name]}" for name, now in machine.items() if before.get(name, now) != now]
+    if changed:
+        warn(f"not bit-identical from here: {'; '.join(changed)}")
+    state.machine = machine
+
+
 def compare_settings(path: Path, settings: dict) -> None:
     """Refuse to continue a run with other settings than run_config.json says it has.
 

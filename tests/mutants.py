@@ -1,0 +1,245 @@
+"""Take each guard out, and change small things all over, to see that a test fails every time.
+
+    python tests/mutants.py guards      every fsync, rename, checksum, lock, finiteness check ... removed
+    python tests/mutants.py mutate      small changes in utils/files.py, lock.py and checkpoint.py
+
+A mutant is a module's source, changed and given to a forked child in place of the file; the child runs the
+tests. Nothing on the disk is touched. Exit status 1: a guard was not missed, or fewer than 90 % were killed.
+"""
+
+import ast
+import copy
+import importlib.abc
+import importlib.util
+import os
+import signal
+import sys
+import time
+from importlib.machinery import SourceFileLoader
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+QUICK = ["tests/test_files.py", "tests/test_lock.py", "tests/test_checkpoint.py"]
+SLOWER = [
+    f"tests/test_{name}.py"
+    for name in ("finetune_generative", "identity", "damage", "disk", "signals", "prepare_data", "data", "refusals")
+]
+MUTATED = ["utils/files.py", "utils/lock.py", "utils/checkpoint.py"]
+SECONDS = 240
+# Module, what is taken out, what stands there instead.
+GUARDS = [
+    ("utils/files.py", "        os.fsync(descriptor)\n", "        pass\n"),
+    ("utils/files.py", "        sync(partial)\n        os.replace(partial, path)", "        os.replace(partial, path)"),
+    ("utils/files.py", "        raise\n    sync(path.parent)\n", "        raise\n"),
+    ("utils/files.py", "        os.replace(partial, path)\n", "        path.write_bytes(partial.read_bytes())\n"),
+    ("utils/files.py", "        partial.unlink(missing_ok=True)\n        raise", "        raise"),
+    ("utils/files.py", "allow_nan=False", "allow_nan=True"),
+    ("utils/files.py", "    os.rename(path, old)\n    shutil.rmtree(old)\n", "    shutil.rmtree(path)\n"),
+    ("utils/files.py", "    if free < size:\n", "    if False:\n"),
+    ("utils/files.py", "    require_space(folder, size, what)\n", ""),
+    ("utils/files.py", "            path.chmod(0o666 & ~mask)", "            pass"),
+    ("utils/files.py", "        sync(path)\n    write_json(partial", "        pass\n    write_json(partial"),
+    ("utils/files.py", "        os.rename(partial, target)\n        sync(target.parent)\n",
+     "        os.rename(partial, target)\n"),
+    ("utils/files.py", "        discard(target)\n        os.rename(partial, target)\n",
+     "        target.mkdir(exist_ok=True)\n        [os.replace(p, target / p.name) for p in partial.iterdir()]\n"),
+    ("utils/files.py", '{"replaces": _described(folder)}', "{}"),
+    ("utils/files.py", "        sync(folder)\n        os.replace(partial / MANIFEST",
+     "        os.replace(partial / MANIFEST"),
+    ("utils/files.py", "        os.replace(partial / MANIFEST, folder / MANIFEST)\n        sync(folder)\n",
+     "        os.replace(partial / MANIFEST, folder / MANIFEST)\n"),
+    ("utils/files.py", "or (before and verify_files(folder, before) is None)", ""),
+    ("utils/files.py", "    for path in (folder / PARTIAL, folder / OLD):\n", "    for path in ():\n"),
+    ("utils/files.py", "        if os.path.realpath(path) != ", "        if None is "),
+    ("utils/files.py", "        if size != expected:\n", "        if False:\n"),
+    ("utils/files.py", "        if hash_file(path) != sha256:\n", "        if False:\n"),
+    ("utils/lock.py", "            fcntl.lockf(", "            (lambda *_: 0)("),
+    ("utils/lock.py", "if os.path.samestat(os.fstat(descriptor), os.stat(path))", "if True"),
+    ("utils/lock.py", "        sync(parent.parent)\n", ""),
+    ("utils/lock.py", "            path.unlink(missing_ok=True)\n", ""),
+    ("utils/lock.py", " | os.O_NOFOLLOW", ""),
+    ("utils/checkpoint.py", "    refuse_not_finite(model, optimizer, state.step)\n", ""),
+    ("utils/checkpoint.py", "        reason = verify_folder(folder)\n", "        reason = None\n"),
+    ("utils/checkpoint.py", " or made > FORMAT", ""),
+    ("utils/checkpoint.py", "    if {name: type(value) for name, value in values.items()} != types:\n",
+     "    if False:\n"),
+    ("utils/checkpoint.py", "            if value is None or value.shape != expected:\n", "            if False:\n"),
+    ("utils/checkpoint.py", '    torch.set_rng_state(states["cpu"])\n', ""),
+    ("utils/checkpoint.py", '    if "cpu" not in states or len(states["cpu"]) != expected:\n', "    if False:\n"),
+    ("utils/checkpoint.py", "    for old in list_checkpoints(output_dir)[keep:]:\n", "    for old in []:\n"),
+    ("utils/checkpoint.py", "        if was != now:\n", "        if False:\n"),
+    ("utils/failure.py", "        if not math.isfinite(value):\n", "        if False:\n"),
+    ("utils/failure.py", "            if not tensor.isfinite().all():\n", "            if False:\n"),
+    ("utils/metrics.py", "if step and row[\"step\"] <= step", ""),
+    ("utils/metrics.py", ", allow_nan=False", ""),
+    ("utils/model.py", "    problem = verify_folder(folder) if (folder / MANIFEST).is_file() else None\n",
+     "    problem = None\n"),
+    ("utils/data.py", "    problem = verify_folder(folder)\n", "    problem = None\n"),
+    ("utils/evaluation.py", "        if stopping:\n", "        if False:\n"),
+    ("utils/cli.py", "        if signal.getsignal(number) != signal.SIG_IGN:\n", "        if True:\n"),
+    ("utils/cli.py", "        if self.number:\n            raise Stopped(number)\n", ""),
+    ("finetune_generative.py", "                log.sync()\n", ""),
+    ("finetune_generative.py", "            require_finite(state, lr, loss=train_loss, gradient=grad_norm)",
+     "            pass"),
+    ("finetune_generative.py", '    require_finite(state, None, **{"validation loss"', '    dict(**{"validation loss"'),
+    ("finetune_generative.py", "        checkpoints.restore_random_state(", "        str("),
+    ("finetune_generative.py", "        checkpoints.restore_optimizer(model, optimizer, ", "        str("),
+    ("finetune_generative.py", '    with lock(args.output_dir, "train"):\n', "    if True:\n"),
+    ("finetune_generative.py", "                        generator=torch.Generator(), ", "                        "),
+    ("finetune_generative.py", ", worker_init_fn=ignore_signals", ""),
+    ("finetune_generative.py", "    sweep(args.output_dir)\n", ""),
+    ("finetune_generative.py", "if due and state.evaluated_step != state.step:", "if due and state.step > resumed_at:"),
+    ("prepare_data.py", '    with lock(args.output_dir, "prepare"):\n', "    if True:\n"),
+    ("prepare_data.py", "    sweep(args.output_dir)\n", ""),
+    ("generate_text.py", '    with lock(tuned_dir, "samples"):', "    if True:"),
+]  # fmt: skip
+
+
+class Finder(importlib.abc.MetaPathFinder):
+    """Give one module of the project another source."""
+
+    def __init__(self, path, source):
+        self.name, self.path, self.source = path.removesuffix(".py").replace("/", "."), str(ROOT / path), source
+
+    def find_spec(self, name, _path=None, _target=None):
+        if name != self.name:
+            return None
+        loader = SourceFileLoader(name, self.path)
+        loader.get_code = lambda _: compile(self.source, self.path, "exec")
+        return importlib.util.spec_from_loader(name, loader)
+
+
+def start(path, source, tests):
+    """Fork a child that runs tests with a changed module; its exit status is 0 when they pass."""
+    pid = os.fork()
+    if pid:
+        return pid
+    os.setpgid(0, 0)
+    null = os.open(os.devnull, os.O_RDWR)
+    for descriptor in range(3):
+        os.dup2(null, descriptor)
+    sys.meta_path.insert(0, Finder(path, source))
+    import pytest
+
+    code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", f"--basetemp=/tmp/mutants-{os.getpid()}", *tests])
+    os._exit(int(code))
+
+
+def run_all(mutants, at_once=2):
+    """Run (name, path, source, tests) mutants; return the names of those that no test noticed."""
+    waiting, running, survivors, done = list(mutants), {}, [], 0
+    while waiting or running:
+        while waiting and len(running) < at_once:
+            mutant = waiting.pop(0)
+            running[start(*mutant[1:])] = mutant[0], time.monotonic()
+        pid, status = os.waitpid(-1, os.WNOHANG)
+        for late, (_, began) in running.items():
+            if time.monotonic() - began > SECONDS:
+                os.killpg(late, signal.SIGKILL)  # a hang is noticed too
+        if not pid:
+            time.sleep(0.05)
+            continue
+        name, _ = running.pop(pid)
+        os.system(f"rm -rf /tmp/mutants-{pid}")
+        done += 1
+        if status == 0:
+            survivors.append(name)
+            print(f"survived: {name}", flush=True)
+        if done % 50 == 0:
+            print(f"... {done} of {done + len(waiting) + len(running)}", flush=True)
+    return survivors
+
+
+SWAPS = {ast.Eq: ast.NotEq, ast.NotEq: ast.Eq, ast.Lt: ast.GtE, ast.GtE: ast.Lt, ast.Gt: ast.LtE, ast.LtE: ast.Gt,
+         ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In, ast.And: ast.Or, ast.Or: ast.And,
+         ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Add, ast.FloorDiv: ast.Mult}  # fmt: skip
+
+
+def changes_of(node):
+    """Yield (what, function that changes a copy of the node in place, or returns another one)."""
+    if isinstance(node, ast.Compare) and type(node.ops[0]) in SWAPS:
+        yield "comparison", lambda n: n.ops.__setitem__(0, SWAPS[type(n.ops[0])]())
+    if isinstance(node, (ast.BoolOp, ast.BinOp)) and type(node.op) in SWAPS:
+        yield "operator", lambda n: setattr(n, "op", SWAPS[type(n.op)]())
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
+        yield "no not", lambda n: n.operand
+    if isinstance(node, (ast.If, ast.IfExp)) and not isinstance(node.test, ast.Compare):
+        yield "condition", lambda n: setattr(n, "test", ast.UnaryOp(ast.Not(), n.test))
+    if isinstance(node, ast.Constant) and isinstance(node.value, bool):
+        yield "constant", lambda n: ast.Constant(not n.value)
+    elif isinstance(node, ast.Constant) and isinstance(node.value, (int, float)):
+        yield "constant", lambda n: ast.Constant(n.value + 1)
+    elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+        yield "text", lambda n: ast.Constant(n.value + "X")
+    if isinstance(node, ast.Return) and node.value is not None:
+        yield "return", lambda n: ast.Return(ast.Constant(None))
+    if (isinstance(node, ast.Expr) and isinstance(node.value, ast.Call)) or isinstance(node, (ast.Raise, ast.Continue)):
+        yield "statement", lambda n: ast.Pass()
+    if isinstance(node, ast.Assign):
+        yield "assignment", lambda n: ast.Assign(n.targets, ast.Constant(None), lineno=n.lineno)
+    if isinstance(node, ast.Call) and node.keywords and node.keywords[-1].arg:
+        yield "keyword", lambda n: setattr(n, "keywords", n.keywords[:-1])
+
+
+def places(tree):
+    """Yield (parent, field, index, node) of all code: docstrings and annotations are none."""
+    for parent in ast.walk(tree):
+        for field, value in ast.iter_fields(parent):
+            if field in ("annotation", "returns", "decorator_list"):
+                continue
+            for index, node in enumerate(value) if isinstance(value, list) else [(None, value)]:
+                docstring = isinstance(parent, ast.Expr) and isinstance(node, ast.Constant)
+                if isinstance(node, ast.AST) and not docstring:
+                    yield parent, field, index, node
+
+
+def mutate(path):
+    """Yield (name, source) of every small change of a module."""
+    source = (ROOT / path).read_text(encoding="utf-8")
+    tree = ast.parse(source)
+    for number, (_, _, _, node) in enumerate(list(places(tree))):
+        for kind, (what, _) in enumerate(changes_of(node)):
+            copied = copy.deepcopy(tree)
+            parent, field, index, mine = list(places(copied))[number]
+            other = list(changes_of(mine))[kind][1](mine)
+            if isinstance(other, ast.AST):
+                if index is None:
+                    setattr(parent, field, other)
+                else:
+                    getattr(parent, field)[index] = other
+            line = ast.get_source_segment(source, node).splitlines()[0]
+            with_change = ast.unparse(ast.fix_missing_locations(copied))
+            yield f"{path}:{node.lineno} {what} {number}: {line[:80]}", with_change
+
+
+def main():
+    os.chdir(ROOT)
+    sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+    import datasets  # noqa: F401  what takes seconds to import is imported once, before the forks
+    import hypothesis  # noqa: F401
+    import matplotlib.pyplot  # noqa: F401
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel  # noqa: F401
+
+    torch.set_num_threads(1)
+    if sys.argv[1:] == ["guards"]:
+        mutants = []
+        for path, guard, instead in GUARDS:
+            source = (ROOT / path).read_text(encoding="utf-8")
+            assert source.count(guard) == 1, f"{path}: {guard!r} stands there {source.count(guard)} times"
+            tests = [name for name in QUICK + SLOWER if (ROOT / name).exists()]
+            mutants.append((f"{path}: {guard.strip()}", path, source.replace(guard, instead), tests))
+        survivors = run_all(mutants)
+        print(f"{len(mutants)} guards taken out, {len(mutants) - len(survivors)} missed by a test")
+        return bool(survivors)
+    mutants = {name: (path, source) for path in MUTATED for name, source in mutate(path)}
+    survivors = run_all([(name, *rest, QUICK) for name, rest in mutants.items()])
+    print(f"{len(mutants)} mutants, {len(mutants) - len(survivors)} killed by the quick tests; now the slower ones")
+    survivors = run_all([(name, *mutants[name], SLOWER) for name in survivors])
+    killed = len(mutants) - len(survivors)
+    print(f"{len(mutants)} mutants, {killed} killed ({killed / len(mutants):.1%})")
+    return killed < 0.9 * len(mutants)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

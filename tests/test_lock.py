@@ -1,0 +1,107 @@
+"""utils/lock.py by itself: who holds it, who is told, and what is left."""
+
+import fcntl
+import os
+import signal
+import socket
+import time
+from contextlib import suppress
+
+import pytest
+
+import utils.lock
+from utils.cli import UserError
+from utils.lock import lock
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """A process that holds the lock 'train' of tmp_path/out, with a child of its own."""
+    told, tell = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        with lock(tmp_path / "out", "train"):
+            child = os.fork()
+            os.write(tell, str(child).encode()) if child else None
+            time.sleep(60)
+        os._exit(0)
+    child = int(os.read(told, 20))
+    yield pid
+    for process in (pid, child):
+        with suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
+    with suppress(ChildProcessError):
+        os.waitpid(pid, 0)
+
+
+def test_the_second_is_told_who_is_first(tmp_path, holder):
+    with pytest.raises(UserError) as raised, lock(tmp_path / "out", "train"):
+        raise AssertionError("both hold it")
+    assert (
+        str(raised.value) == f"output-dir: {tmp_path / 'out'} is in use by process {holder} on {socket.gethostname()}"
+    )
+    assert raised.value.code == 2
+    with lock(tmp_path / "out", "samples"):
+        assert sorted(os.listdir(tmp_path / "out")) == [".samples.lock", ".train.lock"]
+
+
+def test_a_killed_holder_is_not_in_the_way_even_while_its_child_lives(tmp_path, holder):
+    os.kill(holder, signal.SIGKILL)
+    os.waitpid(holder, 0)
+    assert (tmp_path / "out" / ".train.lock").exists()
+    with lock(tmp_path / "out", "train"):
+        text = (tmp_path / "out" / ".train.lock").read_text()
+        assert text == f"process {os.getpid()} on {socket.gethostname()}"
+    assert os.listdir(tmp_path / "out") == []
+
+
+def test_a_longer_name_before_leaves_no_rest(tmp_path):
+    (tmp_path / ".train.lock").write_text("x" * 500)
+    with lock(tmp_path, "train"):
+        assert (tmp_path / ".train.lock").read_text() == f"process {os.getpid()} on {socket.gethostname()}"
+
+
+def test_folders_are_made_and_synced_and_go_again_when_nothing_was_written(tmp_path, monkeypatch):
+    synced, real = [], utils.lock.sync
+    monkeypatch.setattr(utils.lock, "sync", lambda path: (synced.append(path), real(path)))
+    with pytest.raises(KeyError), lock(tmp_path / "a" / "b", "train"):
+        raise KeyError
+    assert synced == [tmp_path, tmp_path / "a"]
+    assert os.listdir(tmp_path) == []
+    (tmp_path / "empty").mkdir()
+    with lock(tmp_path / "empty", "train"):
+        pass
+    with lock(tmp_path / "a" / "b", "train"):
+        (tmp_path / "a" / "b" / "file").write_text("x")
+    assert sorted(os.listdir(tmp_path)) == ["a", "empty"]
+    assert os.listdir(tmp_path / "a" / "b") == ["file"]
+
+
+@pytest.mark.parametrize("moment", ["removed", "made anew"])
+def test_a_file_removed_between_open_and_lock_is_no_lock(tmp_path, monkeypatch, moment):
+    """The last holder removed it: a lock on that file would exclude nobody."""
+    real, calls = fcntl.lockf, []
+
+    def remove_first(descriptor, how):
+        calls.append(descriptor)
+        if len(calls) == 1:
+            (tmp_path / ".train.lock").rename(tmp_path / "away")
+            if moment == "made anew":
+                (tmp_path / ".train.lock").write_text("")
+        return real(descriptor, how)
+
+    monkeypatch.setattr(fcntl, "lockf", remove_first)
+    before = len(os.listdir("/proc/self/fd"))
+    with lock(tmp_path, "train"):
+        assert (tmp_path / ".train.lock").read_text().startswith("process ")
+    assert len(calls) == 2
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_link_in_its_place_is_not_followed(tmp_path):
+    (tmp_path / "outside").write_text("kept")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".train.lock").symlink_to(tmp_path / "outside")
+    with pytest.raises(OSError, match="symbolic"), lock(tmp_path / "out", "train"):
+        pass
+    assert (tmp_path / "outside").read_text() == "kept"
