@@ -1,11 +1,11 @@
-# make demo · make test · make lint        (PYTHON=python3.12 make demo picks another Python)
+# make demo · make test · make lint · make soak      (PYTHON=python3.12 make demo picks another Python)
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.installed
 BASE := results/base_model
 FINETUNED := results/checkpoints/finetuned_model
 
-.PHONY: demo test lint clean
+.PHONY: demo test soak lint clean
 
 demo: $(READY)
 	$(BIN)/python prepare_data.py --model-name $(BASE)
@@ -20,6 +20,14 @@ demo: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest
+
+# Hours: every kill, cut, fault and nonsense input in full counts, then every guard taken out.
+SOAK := tests/test_crash.py tests/test_damage.py tests/test_disk.py tests/test_signals.py tests/test_identity.py \
+	tests/test_hub.py tests/test_fuzz.py
+soak: $(READY)
+	$(BIN)/python -m pytest --full -s $(SOAK)
+	$(BIN)/python tests/mutants.py guards
+	$(BIN)/python tests/mutants.py mutate
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -114,7 +114,8 @@ def settings_of(args, data, base, folder):
     """Everything that shapes the result, with hashes of data and base model: equal settings give an equal run."""
     from utils.files import hash_files
 
-    settings = {name: value for name, value in vars(args).items() if name in SHAPING_FLAGS} | {"model_name": base}
+    settings = {name: value for name, value in vars(args).items() if name in SHAPING_FLAGS - {"model_name"}}
+    settings["model_name"] = None if args.from_scratch else base
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}
     settings["data_sha256"] = hash_files(args.data_dir.glob("*/data-*.arrow"))
     if args.from_scratch and args.from_scratch.is_file():
@@ -147,7 +148,8 @@ def start_run(args, settings, data, base, folder, device):
     torch.manual_seed(args.seed)
     given_back = sum(path.stat().st_size for path in args.output_dir.rglob("*") if path.is_file())
     require_space(args.output_dir, 2 * checkpoint_bytes(model) - given_back, "a pair of checkpoints")
-    clear_folder(args.output_dir)  # only now: everything that could be refused has been
+    # Only now: everything that could be refused has been. What marks the folder as ours is replaced last.
+    clear_folder(args.output_dir, keep=["run_config.json"])
     write_run_config(args, settings, base, data, describe_machine(device))
     if args.from_scratch:  # so that generate_text.py has a base to compare with
         Path(base).mkdir(exist_ok=True)
@@ -164,12 +166,12 @@ def train(args, plan, model, tokenizer, data, optimizer, state):
     from utils.checkpoint import save_best, save_checkpoint
     from utils.cli import ignore_signals
     from utils.failure import require_finite
-    from utils.metrics import MetricsLog, draw_loss_curve
+    from utils.metrics import MetricsLog
     from utils.model import DTYPES
     from utils.optim import set_lr
 
     stopping, started, resumed_at = StopSignal(), time.monotonic() - state.seconds, state.step
-    log = MetricsLog(args.output_dir, state.step, args.report_to == "tensorboard")
+    log = MetricsLog(args.output_dir, state.step, state.evaluated_step, args.report_to == "tensorboard")
     # A generator of its own: a DataLoader without one draws from the generator that dropout uses.
     loader = DataLoader(data.train, sampler=plan.order.batches(state.step, plan.max_steps), batch_size=None,
                         num_workers=args.num_workers, pin_memory=plan.device.type == "cuda",
@@ -178,7 +180,7 @@ def train(args, plan, model, tokenizer, data, optimizer, state):
     model.train()
     with tqdm(total=plan.max_steps, initial=state.step, unit="step", desc="training") as bar, closing(log):
         while True:
-            last = state.step == plan.max_steps
+            last = state.step >= plan.max_steps
             due = last or state.step % plan.eval_every == 0
             if due and state.evaluated_step != state.step:  # 1 evaluate; step 0 measures the base model
                 result = evaluate(args, plan, model, data, stopping)
@@ -220,7 +222,6 @@ def train(args, plan, model, tokenizer, data, optimizer, state):
                 log.write(state.step, {f"train/{name}": value for name, value in figures.items()})
             bar.set_postfix_str(f"loss {train_loss:.3f}, lr {lr:.1e}, {speed:,.0f} tokens/s", refresh=False)
             bar.update()
-    draw_loss_curve(args.output_dir)
     return 0 if state.finished else stopping.number
 
 
@@ -310,7 +311,7 @@ def print_settings(args, plan, data, model, base):
 
 
 def print_outcome(args, state, results):
-    if "eval_loss" in results:
+    if {"base_eval_loss", "eval_loss", "base_perplexity", "perplexity"} <= results.keys():
         print(f"held-out loss {results['base_eval_loss']:.4f} -> {results['eval_loss']:.4f} nats a token "
               f"(best at step {state.best_step}), perplexity {results['base_perplexity']:.2f} -> "
               f"{results['perplexity']:.2f}; {state.seconds:.0f} s")  # fmt: skip
@@ -338,6 +339,7 @@ def finetune(args):
     sweep(args.output_dir)
     state = checkpoints.read_state(checkpoint) if checkpoint else checkpoints.TrainState()
     if state.finished:
+        checkpoints.remove_older(checkpoint, args.keep_checkpoints)
         write_results(args.output_dir, state, plan.max_steps)
         print(f"already complete at step {state.step}: {args.output_dir}; --overwrite starts anew")
         return 0
@@ -376,8 +378,7 @@ def main():
     args = parse_args()
     from utils.cli import refuse_many_processes
     from utils.data import read_manifest
-    from utils.files import check_output_dir
-    from utils.lock import lock
+    from utils.output import check_output_dir, lock
 
     refuse_many_processes()
     prepared_for = read_manifest(args.data_dir)["model_name"]

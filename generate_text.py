@@ -230,7 +230,7 @@ def compare(args, base_dir, tuned_dir, data_dir):
 
 def main():
     args = parse_args()
-    from utils.lock import lock
+    from utils.output import lock
 
     base_dir, tuned_dir, data_dir = find_models(args)
     with lock(tuned_dir, "samples"):  # a lock of its own: a training in progress may be looked at

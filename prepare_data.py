@@ -82,9 +82,9 @@ def tokenizer_of_model(args):
     from utils.tokens import load_tokenizer
 
     folder = locate_model(args.model_name, "tokenizer")
+    config = read_config(folder / "config.json") if (folder / "config.json").is_file() else None
     tokenizer = load_tokenizer(folder)
-    if (folder / "config.json").is_file():
-        config = read_config(folder / "config.json")
+    if config:
         limit, vocab_size = position_limit(config), config.get("vocab_size")
         if limit and args.block_size > limit:
             raise UserError(f"--block-size {args.block_size} is more than the model's {limit} positions")
@@ -171,7 +171,7 @@ def is_up_to_date(args, settings, manifest):
     before = manifest.get("settings", {})
     changed = [name for name, value in settings.items() if before.get(name) != value]
     if not changed:
-        return verify_folder(args.output_dir) is None
+        return "replaces" not in manifest and verify_folder(args.output_dir) is None  # else cut short
     name, value = changed[0], before.get(changed[0])
     flag = f"--{name.replace('_', '-')}"
     was = f"without {flag}" if value is None else f"with {flag} {value}"
@@ -246,8 +246,8 @@ def prepare(args, books, n_held_out):
 
 def main():
     args = parse_args()
-    from utils.files import MANIFEST, check_output_dir
-    from utils.lock import lock
+    from utils.files import MANIFEST
+    from utils.output import check_output_dir, lock
 
     is_ours = (args.output_dir / MANIFEST).is_file()
     check_output_dir(args.output_dir, is_ours, "prepare_data.py", args.overwrite, [args.model_name])

@@ -1,7 +1,7 @@
 """Take each guard out, and change small things all over, to see that a test fails every time.
 
     python tests/mutants.py guards      every fsync, rename, checksum, lock, finiteness check ... removed
-    python tests/mutants.py mutate      small changes in utils/files.py, lock.py and checkpoint.py
+    python tests/mutants.py mutate      small changes in utils/files.py, output.py and checkpoint.py
 
 A mutant is a module's source, changed and given to a forked child in place of the file; the child runs the
 tests. Nothing on the disk is touched. Exit status 1: a guard was not missed, or fewer than 90 % were killed.
@@ -19,12 +19,12 @@ from importlib.machinery import SourceFileLoader
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-QUICK = ["tests/test_files.py", "tests/test_lock.py", "tests/test_checkpoint.py"]
+QUICK = ["tests/test_files.py", "tests/test_output.py", "tests/test_checkpoint.py"]
 SLOWER = [
     f"tests/test_{name}.py"
     for name in ("finetune_generative", "identity", "damage", "disk", "signals", "prepare_data", "data", "refusals")
 ]
-MUTATED = ["utils/files.py", "utils/lock.py", "utils/checkpoint.py"]
+MUTATED = ["utils/files.py", "utils/output.py", "utils/checkpoint.py"]
 SECONDS = 240
 # Module, what is taken out, what stands there instead.
 GUARDS = [
@@ -53,11 +53,11 @@ GUARDS = [
     ("utils/files.py", "        if os.path.realpath(path) != ", "        if None is "),
     ("utils/files.py", "        if size != expected:\n", "        if False:\n"),
     ("utils/files.py", "        if hash_file(path) != sha256:\n", "        if False:\n"),
-    ("utils/lock.py", "            fcntl.lockf(", "            (lambda *_: 0)("),
-    ("utils/lock.py", "if os.path.samestat(os.fstat(descriptor), os.stat(path))", "if True"),
-    ("utils/lock.py", "        sync(parent.parent)\n", ""),
-    ("utils/lock.py", "            path.unlink(missing_ok=True)\n", ""),
-    ("utils/lock.py", " | os.O_NOFOLLOW", ""),
+    ("utils/output.py", "            fcntl.lockf(", "            (lambda *_: 0)("),
+    ("utils/output.py", "if os.path.samestat(os.fstat(descriptor), os.stat(path))", "if True"),
+    ("utils/output.py", "        sync(parent.parent)\n", ""),
+    ("utils/output.py", "            path.unlink(missing_ok=True)\n", ""),
+    ("utils/output.py", " | os.O_NOFOLLOW", ""),
     ("utils/checkpoint.py", "    refuse_not_finite(model, optimizer, state.step)\n", ""),
     ("utils/checkpoint.py", "        reason = verify_folder(folder)\n", "        reason = None\n"),
     ("utils/checkpoint.py", " or made > FORMAT", ""),

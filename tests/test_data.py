@@ -1,7 +1,6 @@
 """Blocks: what is stored is the text, overlap equals a brute-force count, batches are arithmetic."""
 
 import itertools
-import json
 import shutil
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from utils import data
 from utils.book import plan_validation, read_book, split_book
 from utils.cli import UserError
 from utils.data import BatchOrder, Blocks, hash_runs, measure_overlap, open_blocks
-from utils.files import MANIFEST, read_json
+from utils.files import MANIFEST, read_json, write_sealed
 from utils.tokens import load_tokenizer
 
 SPLITS = ("train", "validation")
@@ -260,7 +259,7 @@ def test_a_data_folder_without_training_blocks_is_refused(prepared, tmp_path):
     folder = shutil.copytree(prepared, tmp_path / "blocks")
     manifest = read_json(folder / MANIFEST)
     manifest["splits"]["train"]["blocks"] = 0
-    (folder / MANIFEST).write_text(json.dumps(manifest))
+    write_sealed(folder, manifest)
     with pytest.raises(UserError, match="has no training blocks"):
         open_blocks(folder)
 

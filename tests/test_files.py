@@ -164,7 +164,7 @@ def test_files_are_published_behind_a_manifest_that_knows_old_and_new(tmp_path, 
     assert [entry for entry in operations if entry[1] == "."] == [("sync", ".")] * 3
     assert files.verify_folder(tmp_path) is None
     assert sorted(os.listdir(tmp_path)) == ["a.bin", MANIFEST, "other.txt"]
-    assert sorted(files.read_json(tmp_path / MANIFEST)) == ["files", "format"]
+    assert sorted(files.read_json(tmp_path / MANIFEST)) == ["files", "format", "sha256"]
 
 
 def test_published_subfolders_replace_the_old_ones(tmp_path):
@@ -314,8 +314,8 @@ def test_a_reader_waits_for_the_end_of_a_publish(tmp_path, monkeypatch):
     """A file of neither set under a manifest that is being replaced: look again, but not for ever."""
     with files.publish_files(tmp_path, {}, 10, "a thing") as partial:
         fill(partial)
-    whole = files.read_json(tmp_path / MANIFEST)
-    files.write_json(tmp_path / MANIFEST, whole | {"replaces": {"a.bin": {"bytes": 9, "sha256": "0"}}})
+    whole = files.read_sealed(tmp_path)
+    files.write_sealed(tmp_path, whole | {"replaces": {"a.bin": {"bytes": 9, "sha256": "0"}}})
     assert files.verify_folder(tmp_path) is None
     (tmp_path / "a.bin").write_text("z")
     began = time.monotonic()
@@ -333,9 +333,9 @@ def test_a_reader_believes_the_old_set_while_it_is_replaced(tmp_path):
         (partial / "a.bin").write_text("old")
     old = files.read_json(tmp_path / MANIFEST)["files"]
     new = {"a.bin": {"bytes": 3, "sha256": "0" * 64}}
-    files.write_json(tmp_path / MANIFEST, {"files": new, "replaces": old})
+    files.write_sealed(tmp_path, {"files": new, "replaces": old})
     assert files.verify_folder(tmp_path) is None
-    files.write_json(tmp_path / MANIFEST, {"files": new})
+    files.write_sealed(tmp_path, {"files": new})
     assert files.verify_folder(tmp_path).endswith("checksum differs")
 
 
@@ -343,7 +343,7 @@ def test_nothing_replaced_is_no_excuse_for_nothing_there(tmp_path):
     """The first publish killed before its files were moved: an empty old set would match anything."""
     new = {"a.bin": {"bytes": 3, "sha256": "0" * 64}}
     for before in (None, {}):
-        files.write_json(tmp_path / MANIFEST, {"files": new, "replaces": before})
+        files.write_sealed(tmp_path, {"files": new, "replaces": before})
         assert files.verify_folder(tmp_path).endswith("a.bin is missing")
 
 
@@ -364,22 +364,22 @@ def test_a_manifest_replaced_while_it_is_compared_is_read_again(tmp_path, monkey
     assert len(calls) == 2
 
 
+@pytest.mark.parametrize("change", [{"format": 3}, {"more": 1}, {"format": None}])
+def test_a_manifest_vouches_for_itself(published, change):
+    """A flipped digit may give another manifest that is fine by its form."""
+    changed = {k: v for k, v in (files.read_json(published / MANIFEST) | change).items() if v is not None}
+    files.write_json(published / MANIFEST, changed)
+    with pytest.raises(UserError, match=r"manifest\.json is damaged: checksum differs"):
+        files.verify_folder(published)
+    del changed["sha256"]  # format 1 had manifests without it
+    files.write_json(published / MANIFEST, changed)
+    assert files.read_sealed(published) == changed
+    assert files.verify_folder(published) is None
+
+
 def test_hash_of_several_files_does_not_depend_on_names_or_order(tmp_path):
     for name, text in (("a", "1"), ("b", "2"), ("c", "2"), ("d", "1")):
         (tmp_path / name).write_text(text)
     a, b, c, d = (tmp_path / name for name in "abcd")
     assert files.hash_files([a, b]) == files.hash_files([b, a]) == files.hash_files([c, d])
     assert files.hash_files([a, b]) != files.hash_files([a])
-
-
-def test_leftovers_and_locks_do_not_make_a_folder_foreign(tmp_path):
-    out = tmp_path / "out"
-    for name in (PARTIAL, OLD):
-        (out / name).mkdir(parents=True)
-    (out / ".train.lock").write_text("")
-    files.check_output_dir(out, False, "x.py", False)
-    (out / "letter.txt").write_text("mine")
-    with pytest.raises(UserError, match=r"is not empty and not made by x\.py"):
-        files.check_output_dir(out, False, "x.py", False)
-    files.check_output_dir(out, False, "x.py", True)
-    files.check_output_dir(out, True, "x.py", False)

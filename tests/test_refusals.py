@@ -8,7 +8,10 @@ import errno
 import http.server
 import json
 import os
+import pkgutil
+import re
 import shutil
+import signal
 import socket
 import struct
 import subprocess
@@ -107,8 +110,9 @@ def prepare_flags(model, output="out", block=32):
 
 
 def edit_json(path, **changes):
-    """Change keys of a JSON file; None takes a key away."""
-    value = {**json.loads(path.read_text(encoding="utf-8")), **changes}
+    """Change keys of a JSON file; None takes a key away. A manifest loses the checksum of itself."""
+    own = {"sha256": None} if path.name == MANIFEST else {}
+    value = {**json.loads(path.read_text(encoding="utf-8")), **own, **changes}
     path.write_text(json.dumps({k: v for k, v in value.items() if v is not None}), encoding="utf-8")
 
 
@@ -302,6 +306,9 @@ FLAGS = [
     ("G9-nan", "--top-p nan", "--top-p must be above 0 up to 1, not nan"),
     ("G10", "--num-samples 0", "--num-samples must be 1 to 10000, not 0"),
     ("G11", "--repetition-penalty 0", "--repetition-penalty must be above 0 and finite, not 0"),
+    ("G24-seed", "--seed -1", "--seed must be 0 to 4294967295, not -1"),
+    ("G24-device", "--device gpu", ("--device: invalid choice: 'gpu'", "cpu", "cuda")),
+    ("G24-unknown", "--promt x", "unknown option --promt (did you mean --prompt?)"),
 ]
 SCRIPTS = {"P": "prepare_data", "F": "finetune_generative", "G": "generate_text"}
 
@@ -787,6 +794,231 @@ def test_foreign_output_folder(refuse, here, prepared):
     refuse("finetune_generative", *train_flags(prepared), "--output-dir", "out", says=says)
 
 
+RESUME = ["--save-every", 2, "--output-dir", "run"]
+
+
+def newest(change):
+    """Damage: take the end of a run away, and change what it goes on from, so that the manifest agrees."""
+
+    def damage(run):
+        shutil.rmtree(run / "checkpoint-4")
+        change(run / "checkpoint-2")
+        edit_json(run / "checkpoint-2" / MANIFEST, files=describe_files(run / "checkpoint-2"))
+
+    return damage
+
+
+def change_tensors(name, **changes):
+    return newest(lambda folder: save_file(load_file(folder / name) | changes, folder / name))
+
+
+def damage_both(run):
+    cut(run / "checkpoint-4" / "optimizer.safetensors")
+    flip_bit(run / "checkpoint-2" / "model.safetensors")
+
+
+def link_checkpoint(run):
+    (run / "checkpoint-2").rename(run.parent / "elsewhere")
+    (run / "checkpoint-2").symlink_to(run.parent / "elsewhere")
+
+
+EXP_AVG = "exp_avg/transformer.wte.weight"
+CHECKPOINTS = [
+    ("F61", damage_both, ("output-dir: 2 checkpoints, none usable", "checkpoint-4 unusable (optimizer.safetensors is")),
+    ("F68", change_tensors("optimizer.safetensors", **{EXP_AVG: torch.zeros(3, 3)}),
+     "checkpoint-2/optimizer.safetensors: exp_avg of transformer.wte.weight is 3x3, expected 400x32"),
+    ("F69", change_tensors("rng_state.safetensors", cpu=torch.zeros(10, dtype=torch.uint8)),
+     "checkpoint-2/rng_state.safetensors: 10 bytes, expected 5056"),
+    ("F70", link_checkpoint, "run/checkpoint-2 is a symbolic link"),
+    ("F71", lambda run: edit_json(run / "checkpoint-4" / MANIFEST, format=99),
+     "run/checkpoint-4: format 99 is newer than this program (1)"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("damage", "says"), [pytest.param(*row, id=name) for name, *row in CHECKPOINTS])
+def test_checkpoints(refuse, here, prepared, four_steps, damage, says):
+    """A run is not continued from what is not whole, nor begun anew without a word."""
+    damage(shutil.copytree(four_steps, here / "run"))
+    refuse("finetune_generative", *train_flags(prepared), *RESUME, says=says)
+
+
+def other_threads(folder):
+    state = json.loads((folder / "trainer_state.json").read_text())
+    edit_json(folder / "trainer_state.json", machine=state["machine"] | {"threads": 99})
+
+
+WARNED = [
+    ("F62", lambda run: cut(run / "checkpoint-4" / "optimizer.safetensors"),
+     ("warning: checkpoint-4 unusable (optimizer.safetensors is damaged: ", "; resuming from checkpoint-2")),
+    ("F67", newest(other_threads), ("warning: not bit-identical from here: threads 1, was 99",)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("damage", "says"), [pytest.param(*row, id=name) for name, *row in WARNED])
+def test_resumed_with_a_warning(script, here, prepared, four_steps, damage, says):
+    """An older checkpoint, or another machine, is good enough to go on; it is said once."""
+    damage(shutil.copytree(four_steps, here / "run"))
+    result = script("finetune_generative", *train_flags(prepared), *RESUME)
+    assert result.code == 0, result.err
+    assert [result.err.count(part) for part in says] == [1] * len(says)
+    assert "continuing from step 2 of 4" in result.out
+    assert (
+        describe_files(here / "run" / "checkpoint-4")["model.safetensors"]
+        == describe_files(four_steps / "checkpoint-4")["model.safetensors"]
+    )
+
+
+def fail_at(call, error):
+    """Return a function that passes its arguments on, but raises error when called for the call-th time."""
+
+    def wrap(original):
+        calls = []
+
+        def wrapped(*args, **kwargs):
+            calls.append(1)
+            if len(calls) == call:
+                raise error
+            return original(*args, **kwargs)
+
+        return wrapped
+
+    return wrap
+
+
+def kill_worker(original):
+    """Kill the data worker that is asked for its tenth batch."""
+    calls = []
+
+    def wrapped(*args, **kwargs):
+        calls.append(1)
+        if torch.utils.data.get_worker_info() and len(calls) == 10:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*args, **kwargs)
+
+    return wrapped
+
+
+def infinite_gradient(original):
+    return lambda *args: original(*args) * float("inf")
+
+
+SAFE = "checkpoint-2 is safe; "
+GOES_ON = "the same command goes on from there"
+FAILURES = [
+    ("F56", "transformers.GPT2LMHeadModel.forward", fail_at(6, torch.OutOfMemoryError("CUDA out of memory")), [], 3,
+     ("out of GPU memory (batch 2) at step ", "is safe; ", "try --batch-size 1")),
+    ("F73", "utils.checkpoint.save_optimizer", fail_at(2, OSError(errno.ENOSPC, "full")), [], 3,
+     ("no space left on device", " at step 4; ", SAFE + GOES_ON)),
+    ("F74-device", "utils.checkpoint.save_optimizer", fail_at(2, OSError(errno.EIO, "bad")), [], 3,
+     ("input/output error", " at step 4; ", SAFE + GOES_ON)),
+    ("F74-read-only", "utils.checkpoint.save_optimizer", fail_at(2, OSError(errno.EROFS, "ro")), [], 3,
+     ("read-only file system", " at step 4; ", SAFE + GOES_ON)),
+    ("F76", "torch.nn.utils.clip_grad_norm_", infinite_gradient, [], 4,
+     ("gradient is not a finite number at step 1 (lr ", "try a --learning-rate below 5e-05")),
+    ("F77", "datasets.Dataset.__getitem__", kill_worker, ["--num-workers", 1, "--max-steps", 12], 3,
+     ("a data worker was killed", " is safe; " + GOES_ON)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("place", "wrap", "flags", "code", "says"), [pytest.param(*row, id=name) for name, *row in FAILURES]
+)
+def test_failures_in_training(script, here, prepared, monkeypatch, place, wrap, flags, code, says):
+    """What the machine or the numbers do in the middle ends with one line, which names the safe checkpoint."""
+    owner, name = pkgutil.resolve_name(place.rpartition(".")[0]), place.rpartition(".")[2]
+    monkeypatch.setattr(owner, name, wrap(getattr(owner, name)))
+    result = script("finetune_generative", *train_flags(prepared), *RESUME, *flags)
+    errors = [line for line in result.err.splitlines() if line.startswith("error: ")]
+    assert result.code == code, result.err
+    assert "Traceback" not in result.err
+    assert len(errors) == 1
+    assert [part for part in says if part not in errors[0]] == []
+
+
+SMALL_DISK = [
+    ("P48", "output-dir: out: disk full, the data needs 8.0 MB, 3.0 MB free"),
+    ("F72", "output-dir: out: disk full, a pair of checkpoints needs 17."),
+]
+
+
+@pytest.mark.parametrize(("row", "says"), [pytest.param(*row, id=row[0]) for row in SMALL_DISK])
+def test_too_little_room(refuse, book, tiny_model, prepared, monkeypatch, row, says):
+    """What will not fit is not begun."""
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 3_000_000))
+    flags = ["--input-path", book, *prepare_flags(tiny_model)]
+    flags = flags if row == "P48" else [*train_flags(prepared), "--output-dir", "out"]
+    refuse(SCRIPTS[row[0]], *flags, says=says, code=3)
+
+
+HOLD = "import sys, pathlib, utils.output as l\nwith l.lock(pathlib.Path(sys.argv[1]), sys.argv[2]): print(); input()"
+
+
+@pytest.mark.parametrize(("row", "kind"), [pytest.param(*r, id=r[0]) for r in [("P47", "prepare"), ("F57", "train")]])
+def test_output_in_use(refuse, here, book, tiny_model, prepared, row, kind):
+    """A folder has one writer; the second is told who the first is."""
+    flags = ["--input-path", book, *prepare_flags(tiny_model)]
+    flags = flags if row == "P47" else [*train_flags(prepared), "--output-dir", "out"]
+    command = [sys.executable, "-c", HOLD, here / "out", kind]
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        holder.stdout.readline()
+        says = f"output-dir: out is in use by process {holder.pid} on {socket.gethostname()}"
+        refuse(SCRIPTS[row[0]], *flags, says=says)
+        holder.communicate("\n")
+
+
+def test_bit_flip_in_weights_that_we_saved(refuse, here, prepared, four_steps):
+    """Row F38: a run's folder has a manifest, so its model cannot be another one in silence."""
+    flip_bit(shutil.copytree(four_steps, here / "model") / "model.safetensors")
+    flags = [*train_flags(prepared), "--model-name", "model", "--output-dir", "run"]
+    refuse("finetune_generative", *flags, says="model: model/model.safetensors is damaged: checksum differs")
+
+
+PROCESSES = [
+    ("F66-F78-F80", {"WORLD_SIZE": "4", "RANK": "0"}, "4 processes: this program trains in one process"),
+    ("F79", {"RANK": "0"}, ("WORLD_SIZE is not set", "this program trains in one process")),
+    ("F79-port", {"WORLD_SIZE": "2", "RANK": "0", "MASTER_PORT": "x"}, "2 processes: this program trains in one"),
+]
+
+
+@pytest.mark.parametrize(("environment", "says"), [pytest.param(*row, id=name) for name, *row in PROCESSES])
+def test_many_processes(refuse, script, prepared, monkeypatch, environment, says):
+    """Several processes are refused; row F81: the first of them speaks, the others end with the same code."""
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    flags = [*train_flags(prepared), "--output-dir", "run"]
+    refuse("finetune_generative", *flags, says=says)
+    monkeypatch.setenv("RANK", "1")
+    assert script("finetune_generative", *flags) == (2, "", "")
+    assert script("finetune_generative", "--epochs", 0) == (2, "", "")
+
+
+HUBS = [
+    ("F17", {"HF_HUB_OFFLINE": "1"}, ("model gpt2: not in the cache and HF_HUB_OFFLINE is set", "results/base_model")),
+    ("F18", {"HF_HUB_OFFLINE": "0"}, ("model gpt2: not in the cache and no answer in 1 s", "results/base_model")),
+]
+
+
+@pytest.mark.parametrize(("environment", "says"), [pytest.param(*row, id=name) for name, *row in HUBS])
+def test_hub_out_of_reach(refuse, here, prepared, monkeypatch, environment, says):
+    """No network, and a hub that accepts and stays silent; tests/test_hub.py has more of them."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(here / "hub"))
+        monkeypatch.setattr("utils.hub.ANSWER_SECONDS", 1)
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        flags = [*train_flags(prepared), "--model-name", "gpt2", "--output-dir", "run"]
+        refuse("finetune_generative", *flags, says=says, code=3)
+
+
+def test_local_folder_called_gpt2(script, here, book, tiny_model):
+    """Row F20: it wins over the hub's, and that is said once."""
+    shutil.copytree(tiny_model, here / "gpt2")
+    result = script("prepare_data", "--input-path", book, *prepare_flags("gpt2"))
+    assert result.code == 0
+    assert result.err.count("warning: using ./gpt2, a local directory") == 1
+
+
 def test_finished_run_is_left_alone(script, prepared, four_steps):
     """Row F60."""
     before = describe_files(four_steps)
@@ -1114,3 +1346,10 @@ def test_machine_error_has_code_3(refuse, book, tiny_model, monkeypatch):
     monkeypatch.setattr(Path, "read_bytes", fail)
     says = "book.txt: input/output error"
     refuse("prepare_data", "--input-path", book, *prepare_flags(tiny_model), says=says, code=3)
+
+
+def test_every_row_has_a_case():
+    """Each row of the table is named by a test's id or docstring here."""
+    named = set(re.findall(r"\b[PFG][1-9]\d?\b", Path(__file__).read_text(encoding="utf-8")))
+    rows = [f"{letter}{number}" for letter, last in (("P", 50), ("F", 82), ("G", 24)) for number in range(1, last + 1)]
+    assert [row for row in rows if row not in named] == []

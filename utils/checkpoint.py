@@ -13,10 +13,21 @@ import torch
 
 from utils.cli import UserError, warn
 from utils.failure import refuse_not_finite
-from utils.files import MANIFEST, discard, publish_files, publish_folder, read_json, verify_folder, write_json
+from utils.files import (
+    MANIFEST,
+    discard,
+    publish_files,
+    publish_folder,
+    read_json,
+    read_sealed,
+    verify_folder,
+    write_json,
+)
+from utils.metrics import RESULT_NAMES
 
 FORMAT = 1
 STATE = "trainer_state.json"
+OPTIMIZER, RANDOM = "optimizer.safetensors", "rng_state.safetensors"
 OTHER_BYTES = 8_000_000  # tokenizer, configs and random state of a checkpoint, generously
 
 
@@ -42,17 +53,25 @@ class TrainState:
 
 def save_checkpoint(output_dir: Path, model, tokenizer, optimizer, state: TrainState, keep: int) -> Path:
     """Write checkpoint-<step>, then remove all but the newest `keep`."""
-    refuse_not_finite(model, optimizer, state.step)
+    refuse_not_finite(model, optimizer)
     folder = output_dir / f"checkpoint-{state.step}"
-    with publish_folder(folder, {"format": FORMAT}, checkpoint_bytes(model), "a checkpoint") as partial:
+    # A step that is saved already differs in trainer_state.json alone: at every moment one of the two is whole.
+    publish = publish_files if folder.is_dir() and check_checkpoint(folder) is None else publish_folder
+    with publish(folder, {"format": FORMAT}, checkpoint_bytes(model), "a checkpoint") as partial:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-        save_optimizer(model, optimizer, partial / "optimizer.safetensors")
-        save_random_state(partial / "rng_state.safetensors")
+        save_optimizer(model, optimizer, partial / OPTIMIZER)
+        save_random_state(partial / RANDOM)
         write_json(partial / STATE, asdict(state))
-    for old in list_checkpoints(output_dir)[keep:]:
-        discard(old)
+    remove_older(folder, keep)
     return folder
+
+
+def remove_older(folder: Path, keep: int) -> None:
+    """Remove checkpoints but this one and the `keep` - 1 before it; a newer one is damaged, and not counted."""
+    saved = list_checkpoints(folder.parent)
+    for old in saved[saved.index(folder) :][keep:]:
+        discard(old)
 
 
 def checkpoint_bytes(model) -> int:
@@ -71,6 +90,7 @@ def save_best(output_dir: Path, model, tokenizer, dtype: torch.dtype) -> None:
     """
     # A copy keeps tied weights tied, so that they are written once.
     written = model if model.dtype == dtype else copy.deepcopy(model).to(dtype)
+    refuse_not_finite(written)
     with publish_files(output_dir, {"format": FORMAT}, checkpoint_bytes(model) // 3, "the model") as partial:
         written.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
@@ -142,25 +162,35 @@ def check_checkpoint(folder: Path) -> str | None:
         UserError: it is of a newer format; an older one beside it would lose what is newer.
     """
     try:
-        made = read_json(folder / MANIFEST).get("format")
+        made = read_sealed(folder).get("format")
         reason = verify_folder(folder)
-        if reason is None:
-            read_state(folder)
+        if reason is None and read_state(folder).step != int(folder.name.split("-")[1]):
+            reason = f"{STATE} is of another step"
+        lacking = [name for name in (OPTIMIZER, RANDOM) if not (folder / name).is_file()]
+        if reason is None and lacking:
+            reason = f"{lacking[0]} is missing"
     except UserError as error:
         return str(error)
-    if not isinstance(made, int) or made > FORMAT:
+    if isinstance(made, int) and made > FORMAT:
         raise UserError(f"{folder}: format {made} is newer than this program ({FORMAT}); use the one that wrote it")
-    return reason
+    return reason if isinstance(made, int) else f"{folder / MANIFEST} is damaged: no format"
 
 
 def read_state(folder: Path) -> TrainState:
     """Read trainer_state.json.
 
     Raises:
-        UserError: a field lacks, is unknown, or is of another type.
+        UserError: a field lacks, is unknown, of another type, or no number that a run gives.
     """
     values, types = read_json(folder / STATE), {name: type(value) for name, value in asdict(TrainState()).items()}
-    if {name: type(value) for name, value in values.items()} != types:
+    fits = {name: type(value) for name, value in values.items()} == types
+    if fits:
+        base, best = values["base_metrics"], values["best_metrics"]
+        numbers = [value for value in values.values() if isinstance(value, int | float)]
+        numbers += [*base.values(), *best.values()]
+        fits = all(isinstance(value, int | float) and abs(value) < 2**63 for value in numbers)  # false for NaN too
+        fits = fits and {*base, *best} <= set(RESULT_NAMES)
+    if not fits:
         raise UserError(f"{folder / STATE} is damaged: its fields are not {', '.join(types)}")
     return TrainState(**values)
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from utils.cli import UserError
-from utils.files import MANIFEST, read_json, verify_folder
+from utils.files import MANIFEST, read_sealed, verify_folder
 
 FORMAT = 1
 RUN_TOKENS = 32
@@ -155,13 +155,18 @@ def read_manifest(folder: Path) -> dict:
         raise UserError(f"data: {folder}: no such directory; run prepare_data.py first")
     if not (folder / MANIFEST).is_file():
         raise UserError(f"data: {folder} was not made by prepare_data.py")
-    manifest = read_json(folder / MANIFEST)
+    try:
+        manifest = read_sealed(folder)
+    except UserError as error:
+        raise UserError(f"{error}; run prepare_data.py again with --overwrite") from None
     try:
         if manifest["format"] > FORMAT:
             raise UserError(f"data: format {manifest['format']} is newer than this program ({FORMAT})")
-        counts = [manifest["block_size"] - 2, *(split["blocks"] for split in manifest["splits"].values())]
+        splits = {name: manifest["splits"][name] for name in ("train", "validation")}
+        counts = [part[key] for part in splits.values() for key in ("blocks", "tokens", "bytes")]
+        counts += [place for span in manifest["spans"] for place in span["tokens"] if splits[span["split"]]]
         manifest["tokenizer"]["sha256"], next(name for name in manifest["files"] if name.startswith("train/data"))
-        if min(counts + [entry["bytes"] for entry in manifest["files"].values()]) < 0:
+        if min(manifest["block_size"] - 2, *counts, *(entry["bytes"] for entry in manifest["files"].values())) < 0:
             raise ValueError
     except (KeyError, TypeError, AttributeError, ValueError, StopIteration):
         raise UserError(f"{folder / MANIFEST} is damaged; run prepare_data.py again with --overwrite") from None
@@ -176,16 +181,34 @@ def open_blocks(folder: Path) -> Blocks:
     Raises:
         UserError: missing, damaged or empty.
     """
-    from datasets import load_from_disk
-
     manifest = read_manifest(folder)
     problem = verify_folder(folder)
     if problem:
         raise UserError(f"{problem}; run prepare_data.py again")
     if manifest["splits"]["train"]["blocks"] < 1:
         raise UserError(f"data: {folder} has no training blocks")
-    splits = load_from_disk(str(folder)).with_format("torch")
+    splits = _map_splits(folder, manifest)
     return Blocks(folder, manifest, splits["train"], splits["validation"])
+
+
+def _map_splits(folder: Path, manifest: dict):
+    """Map the blocks, and compare them with the manifest: a checksum that agrees makes no file well-formed."""
+    import pyarrow.compute as pc
+    from datasets import load_from_disk
+
+    try:
+        splits = load_from_disk(str(folder)).with_format("torch")
+        for name, counts in manifest["splits"].items():
+            column = splits[name].data.table.column("input_ids")
+            column.validate(full=True)
+            ids, lengths = pc.list_flatten(column), set(pc.unique(pc.list_value_length(column)).to_pylist())
+            if (len(column), ids.null_count, lengths - {manifest["block_size"]}) != (counts["blocks"], 0, set()):
+                raise ValueError(f"{name} is not {counts['blocks']} blocks of {manifest['block_size']} tokens")
+            if len(splits[name]) != len(column) or "int" not in str(ids.type):
+                raise ValueError(f"{name} is not a list of token ids")
+    except Exception as error:  # Arrow and datasets each fail in their own ways
+        raise UserError(f"data: {folder} is damaged, run prepare_data.py again: {error}") from None
+    return splits
 
 
 class BatchOrder:

@@ -48,9 +48,9 @@ def explain(error: Exception, args, state, saved: list[Path]) -> UserError | Non
     return UserError(f"{what}{at}; {safe}; {advice}", code)
 
 
-def refuse_not_finite(model, optimizer, step: int) -> None:
+def refuse_not_finite(model, optimizer=None) -> None:
     """Raise before a value that is not finite reaches a file, where it would spoil every later run."""
     for name, parameter in model.named_parameters():
-        for tensor in (parameter, *optimizer.state.get(parameter, {}).values()):
+        for tensor in (parameter, *(optimizer.state.get(parameter, {}).values() if optimizer else ())):
             if not tensor.isfinite().all():
-                raise UserError(f"{name} has a value that is not a finite number at step {step}", EXIT_DIVERGED)
+                raise UserError(f"{name} has a value that is not a finite number", EXIT_DIVERGED)

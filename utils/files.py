@@ -47,6 +47,7 @@ def replacing(path: Path) -> Iterator[Path]:
     """Give a name to write a file to, then put it in the place of path: readers see the old or the new."""
     partial = path.with_name(f".{path.name}{PARTIAL}")
     try:
+        partial.unlink(missing_ok=True)  # written through a link, it would change a file elsewhere
         yield partial
         sync(partial)
         os.replace(partial, path)
@@ -76,13 +77,14 @@ def read_json(path: Path, what: str = "") -> dict:
     Raises:
         UserError: the file is missing, cut, or not a JSON object.
     """
+    if not path.is_file():  # nor a device without an end
+        raise UserError(f"{what}{path}: no such file")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{what}{path}: no such file") from None
+        json.dumps(value, ensure_ascii=False).encode()  # half a character, \\ud800, could not be written again
     except json.JSONDecodeError as error:
         raise UserError(f"{what}{path} is damaged: line {error.lineno} column {error.colno}") from None
-    except UnicodeDecodeError as error:
+    except UnicodeError as error:
         raise UserError(f"{what}{path} is damaged: byte {error.start} is not UTF-8") from None
     except (RecursionError, ValueError):  # ValueError: a whole number of thousands of digits
         raise UserError(f"{what}{path} is damaged: nested too deeply, or a number too long") from None
@@ -93,7 +95,7 @@ def read_json(path: Path, what: str = "") -> dict:
 
 def sweep(folder: Path) -> None:
     """Remove what a killed run left half built or half removed; only for the holder of the lock."""
-    for path in (folder / PARTIAL, folder / OLD):
+    for path in (folder / PARTIAL, folder / OLD, *folder.glob(f"*/{PARTIAL}")):
         shutil.rmtree(path, ignore_errors=True)
 
 
@@ -159,13 +161,12 @@ def building(folder: Path, size: int, what: str) -> Iterator[Path]:
 def _seal(partial: Path, manifest: dict) -> None:
     """Describe what was built in its manifest, and force all of it to the disk, the manifest last."""
     manifest["files"] = describe_files(partial)
-    mask = os.umask(0o077)  # the system tells the umask only in exchange for a new one
-    os.umask(mask)
+    os.umask(mask := os.umask(0o077))  # the system tells the umask only in exchange for a new one
     for path in sorted(partial.rglob("*")):
         if path.is_file():
             path.chmod(0o666 & ~mask)  # safetensors makes its files private whatever the umask
         sync(path)
-    write_json(partial / MANIFEST, manifest)
+    write_sealed(partial, manifest)
 
 
 @contextmanager
@@ -196,7 +197,7 @@ def publish_files(folder: Path, manifest: dict, size: int, what: str) -> Iterato
     with building(folder, size, what) as partial:
         yield partial
         _seal(partial, manifest)
-        write_json(folder / MANIFEST, manifest | {"replaces": _described(folder)})
+        write_sealed(folder, manifest | {"replaces": _described(folder)})
         for path in sorted(partial.iterdir()):
             if path.name != MANIFEST:
                 if path.is_dir():
@@ -210,7 +211,31 @@ def publish_files(folder: Path, manifest: dict, size: int, what: str) -> Iterato
 
 def _described(folder: Path) -> Any:
     with suppress(UserError):
-        return read_json(folder / MANIFEST).get("files")
+        manifest = read_sealed(folder)
+        before = manifest.get("replaces")  # still there when a publish was cut short
+        return before if before and verify_files(folder, before) is None else manifest.get("files")
+
+
+def write_sealed(folder: Path, manifest: dict) -> None:
+    """Replace a folder's manifest.json, which carries the sha256 of its own content too."""
+    write_json(folder / MANIFEST, manifest | {"sha256": _digest(manifest)})
+
+
+def read_sealed(folder: Path) -> dict:
+    """Read a folder's manifest.json.
+
+    Raises:
+        UserError: it is missing or damaged.
+    """
+    manifest = read_json(folder / MANIFEST)
+    if manifest.get("sha256", said := _digest(manifest)) != said:
+        raise UserError(f"{folder / MANIFEST} is damaged: checksum differs")
+    return manifest
+
+
+def _digest(manifest: dict) -> str:
+    said = {name: value for name, value in manifest.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
 def describe_files(folder: Path) -> dict[str, dict]:
@@ -232,11 +257,11 @@ def verify_folder(folder: Path) -> str | None:
     """
     patience = time.monotonic() + 2
     while True:
-        manifest = read_json(folder / MANIFEST)
+        manifest = read_sealed(folder)
         problem, before = verify_files(folder, manifest.get("files")), manifest.get("replaces")
         if problem is None or (before and verify_files(folder, before) is None):
             return None
-        under_way = "replaces" in manifest or read_json(folder / MANIFEST) != manifest
+        under_way = "replaces" in manifest or read_sealed(folder) != manifest
         if not under_way or time.monotonic() > patience:
             return problem
         time.sleep(0.02)
@@ -246,14 +271,14 @@ def verify_files(folder: Path, files: Any) -> str | None:
     """Compare files with what describe_files said of them; returns as verify_folder."""
     root = os.path.realpath(folder)
     try:
-        entries = [(name, int(entry["bytes"]), str(entry["sha256"])) for name, entry in files.items()]
+        entries = [(n, os.path.realpath(folder / n), entry["bytes"], entry["sha256"]) for n, entry in files.items()]
     except (KeyError, TypeError, ValueError, AttributeError):
         return f"{folder / MANIFEST} is damaged"
-    for name, expected, sha256 in entries:
+    for name, real, expected, sha256 in entries:
         path = folder / name
-        if os.path.realpath(path) != f"{root}/{name}":  # ../x, /x, a link, or a link on the way
+        if real != f"{root}/{name}":  # ../x, /x, a link, or a link on the way
             return f"{folder / MANIFEST}: file name {name!r} not allowed"
-        if not path.is_file():
+        if not os.path.isfile(path):  # False for a name too long, too
             return f"{path} is missing"
         size = path.stat().st_size
         if size != expected:
@@ -261,38 +286,3 @@ def verify_files(folder: Path, files: Any) -> str | None:
         if hash_file(path) != sha256:
             return f"{path} is damaged: checksum differs"
     return None
-
-
-def check_output_dir(path: Path, is_ours: bool, maker: str, overwrite: bool, inputs: Iterable = ()) -> None:
-    """Refuse an output folder that is not safe to write.
-
-    Args:
-        path: the folder given.
-        is_ours: it carries this program's mark.
-        maker: the script's name, for the message.
-        overwrite: the user allowed replacing what is there.
-        inputs: folders that are read; names of what is no folder here are left aside.
-    Raises:
-        UserError: a file, a link, a place like / or home, a folder with other content or with an input.
-    """
-    if path.is_symlink():
-        raise UserError(f"output-dir: {path} is a symbolic link to {os.readlink(path)}; give that")
-    if path.exists() and not path.is_dir():
-        raise UserError(f"output-dir: {path} is a file, expected a directory")
-    full = path.resolve()
-    if full in (Path("/"), Path.home().resolve()) or Path.cwd().resolve().is_relative_to(full):
-        raise UserError(f"output-dir: refusing to use {path}; give a folder of its own")
-    for given in filter(os.path.isdir, inputs):
-        folder = Path(given).resolve()
-        if full.is_relative_to(folder) or folder.is_relative_to(full):
-            raise UserError(f"output-dir: refusing to use {path}; {given} is read, give a folder of its own")
-    inside = list(path.iterdir()) if path.is_dir() else []
-    leftovers = [p for p in inside if p.name in (PARTIAL, OLD) or p.suffix == ".lock"]
-    if len(inside) > len(leftovers) and not is_ours and not overwrite:
-        raise UserError(f"output-dir: {path} is not empty and not made by {maker}; use another or --overwrite")
-    link = next((p for p in inside if p.is_symlink()), None)
-    if link:
-        raise UserError(f"output-dir: {link} is a symbolic link; remove it")
-    parent = next(p for p in (full, *full.parents) if p.exists())
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise UserError(f"output-dir: {path} is not writable")

@@ -6,29 +6,34 @@ Owns the only network access of the project. Everything after works on a local f
 import os
 import subprocess
 import sys
+import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
-from utils.cli import EXIT_MACHINE, UserError, warn
+from utils.cli import EXIT_MACHINE, UserError, machine_reason, warn
 from utils.files import hash_file, read_json
 
 EMBEDDED_BASE = "results/base_model"
 FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
+MAX_LAYERS = 10_000
 ANSWER_SECONDS = 4
-NOT_THERE = 4
+NOT_THERE, DOWN = 4, 5
+FAILURES = {None: "its download is incomplete", 1: "the network is unreachable", DOWN: "the hub is down"}
 # Run in a child: a name lookup or a silent server can block for minutes, and only a process can be ended.
 ASK = f"""
 import sys, urllib.error, urllib.request
 try:
     urllib.request.urlopen(urllib.request.Request(sys.argv[1], method="HEAD"))
 except urllib.error.HTTPError as error:
-    sys.exit({NOT_THERE} if error.code in (401, 403, 404) else 1)
+    sys.exit({NOT_THERE} if error.code in (401, 403, 404) else {DOWN})
 except OSError:
     sys.exit(1)
 """
 DOWNLOAD = """
 import sys
-from huggingface_hub import snapshot_download
+from huggingface_hub import constants, snapshot_download
+constants.DOWNLOAD_CHUNK_SIZE = 1 << 16  # its 10 MB reach the disk at once: a slow line would look like a dead one
 snapshot_download(sys.argv[1], allow_patterns=sys.argv[2:])
 """
 # A download that brings less than this many bytes in so many seconds will not end today.
@@ -59,7 +64,11 @@ def locate_model(name: str, what: str = "model") -> Path:
 
 def find_local(name: str) -> Path | None:
     """Return the folder of a model that is here or in the cache, without looking elsewhere."""
-    return Path(name) if Path(name).is_dir() else _from_cache(name, "model")
+    if Path(name).is_dir():
+        return Path(name)
+    with suppress(UserError):  # a folder that is gone has no name of the hub's form
+        return _from_cache(name, "model")
+    return None
 
 
 def _from_cache(name: str, what: str) -> Path | None:
@@ -88,38 +97,59 @@ def _from_hub(name: str, what: str) -> Path:
         why = _download(name)
         if why is None and (found := _from_cache(name, what)):
             return found
-    why = {0: "the download failed", None: "its download is incomplete", 1: "the network is unreachable"}.get(why, why)
     advice = f"download it elsewhere and give its folder, or use the embedded --model-name {EMBEDDED_BASE}"
-    raise UserError(f"{what} {name}: not in the cache and {why}; {advice}", EXIT_MACHINE)
+    raise UserError(f"{what} {name}: not in the cache and {FAILURES.get(why, why)}; {advice}", EXIT_MACHINE)
 
 
 def _download(name: str) -> str | None:
     """Fetch a model into the cache in a child, and check its files; returns what went wrong, or None.
 
-    The child is ended when it makes no headway. What it has fetched stays: the next one goes on from there.
+    The child is ended when it makes no headway. Files that came whole stay: the next one goes on after them.
     """
     from huggingface_hub.constants import HF_HUB_CACHE
 
     cache = Path(HF_HUB_CACHE) / f"models--{name.replace('/', '--')}"
     plain = os.environ | {"HF_HUB_DISABLE_XET": "1", "HF_HUB_CACHE": str(HF_HUB_CACHE)}  # xet hides its progress
-    child = subprocess.Popen([sys.executable, "-c", DOWNLOAD, name, *FILES], env=plain, stderr=subprocess.DEVNULL)
-    try:
-        seen, since = 0, time.monotonic()
-        while child.poll() is None:
-            time.sleep(0.2)
-            size = sum(path.lstat().st_size for path in cache.glob("blobs/*"))
-            if size >= seen + STALL_BYTES:
-                seen, since = size, time.monotonic()
-            elif time.monotonic() > since + STALL_SECONDS:
-                return f"the hub sends less than {STALL_BYTES / 1000:.0f} kB in {STALL_SECONDS} s"
-    finally:
-        child.kill()
-        child.wait()
+    with tempfile.TemporaryFile() as errors:
+        child = subprocess.Popen([sys.executable, "-c", DOWNLOAD, name, *FILES], env=plain, stderr=errors)
+        try:
+            seen, since = 0, time.monotonic()
+            while child.poll() is None:
+                time.sleep(0.2)
+                size = _count_bytes(cache)
+                if size >= seen + STALL_BYTES:
+                    seen, since = size, time.monotonic()
+                elif time.monotonic() > since + STALL_SECONDS:
+                    return f"the hub sends less than {STALL_BYTES / 1000:.0f} kB in {STALL_SECONDS} s"
+        finally:
+            child.kill()
+            child.wait()
+            _remove_remains(cache)
+        errors.seek(0)
+        said = OSError(errors.read().decode(errors="replace"))
     for blob in cache.glob("blobs/*"):
         if len(blob.name) == 64 and hash_file(blob) != blob.name:  # the hub names large files by their sha256
             blob.unlink()
             return "a downloaded file had a wrong checksum and was removed"
-    return None if child.returncode == 0 else "the download failed; the same command goes on from there"
+    return None if child.returncode == 0 else f"the download failed ({machine_reason(said) or 'try it again'})"
+
+
+def _count_bytes(cache: Path) -> int:
+    size = 0
+    for path in cache.glob("blobs/*"):
+        with suppress(FileNotFoundError):  # it is renamed once it is whole
+            size += path.lstat().st_size
+    return size
+
+
+def _remove_remains(cache: Path) -> None:
+    """Remove files that came in part; one that another process is writing has its lock held."""
+    from filelock import FileLock
+
+    for path in cache.glob("blobs/*.incomplete"):
+        lock = cache.parent / ".locks" / cache.name / f"{path.name.split('.')[0]}.lock"
+        with suppress(OSError, NotImplementedError), FileLock(lock, timeout=0):
+            path.unlink(missing_ok=True)
 
 
 def _ask(url: str) -> int | str:
@@ -144,6 +174,9 @@ def read_config(path: Path, what: str = "model") -> dict:
     config = read_json(path, f"{what}: ")
     if not isinstance(config.get("model_type"), str):
         raise UserError(f"{what}: {path} does not name a model type")
+    n_layers = config.get("num_hidden_layers")  # the families that have it make a list of so many names at once
+    if isinstance(n_layers, int) and n_layers > MAX_LAYERS:
+        raise UserError(f"{what}: {path} says {n_layers} layers, more than {MAX_LAYERS:,}")
     return config
 
 

@@ -16,12 +16,14 @@ class MetricsLog:
     Args:
         folder: the run's output folder.
         step: lines after this step are dropped: they belong to work that was lost and is done again.
+        evaluated_step: the same for evaluations, of which the last may be done again at step itself.
         tensorboard: write event files to folder/tensorboard too.
     """
 
-    def __init__(self, folder: Path, step: int, tensorboard: bool = False) -> None:
+    def __init__(self, folder: Path, step: int, evaluated_step: int, tensorboard: bool = False) -> None:
         self.path = folder / METRICS
-        kept = [row for row in read_metrics(folder) if step and row["step"] <= step]
+        rows = read_metrics(folder)
+        kept = [row for row in rows if row["step"] <= (step if "train/loss" in row else evaluated_step)]
         write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
         self.writer = None
         if tensorboard:
@@ -110,7 +112,8 @@ def write_run_config(args, settings: dict, base: str, data, machine: dict) -> No
 
 
 def write_results(folder: Path, state, max_steps: int) -> dict:
-    """Write all_results.json: the base's figures, the best model's, and what the run took."""
+    """Draw the loss and write all_results.json: the base's figures, the best model's, what the run took."""
+    draw_loss_curve(folder)
     results = {f"base_{RESULT_NAMES[key]}": value for key, value in state.base_metrics.items()}
     results |= {RESULT_NAMES[key]: value for key, value in state.best_metrics.items()}
     speed = state.tokens / max(state.seconds, 1e-9)

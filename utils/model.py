@@ -13,7 +13,7 @@ import torch
 from transformers.utils import logging
 
 from utils.cli import UserError
-from utils.files import MANIFEST, verify_folder
+from utils.files import MANIFEST, read_json, verify_folder
 from utils.hub import position_limit, read_config
 from utils.tokens import load_tokenizer
 
@@ -36,7 +36,7 @@ def load_model(folder: Path):
             or the model is not a causal language model. Nothing is ever filled with random numbers.
     """
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, GenerationConfig
 
     if not folder.is_dir():
         raise UserError(f"model: {folder}: no such directory")
@@ -64,6 +64,8 @@ def load_model(folder: Path):
     bad = first_not_finite(model)
     if bad:
         raise UserError(f"model: {folder}: {bad} has a value that is not a number")
+    # The flags alone say how to decode; a generation_config.json beside the model would add to them.
+    model.generation_config = GenerationConfig.from_model_config(model.config)
     return model.eval()
 
 
@@ -73,8 +75,12 @@ def read_shapes(folder: Path) -> dict[str, list[int]]:
     Raises:
         UserError: there is no such file, or it is longer or shorter than its header says.
     """
-    shapes = {}
-    for path in sorted(folder.glob("model*.safetensors")):
+    shapes, paths, index = {}, sorted(folder.glob("model*.safetensors")), folder / "model.safetensors.index.json"
+    if index.is_file() and folder / "model.safetensors" not in paths:
+        listed = read_json(index, "model: ").get("weight_map")
+        if not isinstance(listed, dict) or not {*map(str, listed.values())} <= {path.name for path in paths}:
+            raise UserError(f"model: {index} names files that are not in {folder}")
+    for path in paths:
         size = path.stat().st_size
         try:
             with open(path, "rb") as file:
@@ -82,8 +88,8 @@ def read_shapes(folder: Path) -> dict[str, list[int]]:
                 header = json.loads(file.read(min(length, size)))
             header.pop("__metadata__", None)
             needed = 8 + length + max(entry["data_offsets"][1] for entry in header.values())
-            shapes |= {name: entry["shape"] for name, entry in header.items()}
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            shapes |= {name: list(map(int, entry["shape"])) for name, entry in header.items()}
+        except (ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError):
             raise UserError(f"model: {path} is damaged ({size} bytes without a readable header)") from None
         if size != needed:
             raise UserError(f"model: {path} is damaged ({size} bytes, header needs {needed})")
@@ -134,13 +140,15 @@ def check_causal(config: dict, source: str):
     encoder = kind in ("bert", "roberta", "xlm-roberta", "electra", "camembert")
     if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or encoder or config.get("is_encoder_decoder"):
         raise UserError(f"model: {source} is {kind}, not a causal language model")
-    for key in ("n_layer", "n_embd", "n_head", "n_positions", "vocab_size"):
+    for key in ("n_layer", "n_embd", "n_head", "n_positions", "vocab_size", "num_hidden_layers"):
         value = config.get(key, 1)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise UserError(f"model: {source}: config.json: {key} must be a whole number from 1, not {value!r}")
     if config.get("n_embd", 0) % config.get("n_head", 1):
         raise UserError(f"model: {source}: n_embd {config['n_embd']} is not divisible by n_head {config['n_head']}")
-    fields = {key: value for key, value in config.items() if key != "model_type"}
+    # The others say what a model's answer looks like; the loss is read from the usual one.
+    left_out = ("model_type", "return_dict", "use_return_dict", "output_attentions", "output_hidden_states")
+    fields = {key: value for key, value in config.items() if key not in left_out}
     try:
         return AutoConfig.for_model(kind, **fields)
     except Exception as error:  # each model family validates in its own way

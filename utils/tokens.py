@@ -35,17 +35,16 @@ def load_tokenizer(folder: Path):
     files = ("tokenizer.json", "vocab.json", "tokenizer.model", "spiece.model")
     if not any((folder / name).is_file() for name in files):
         raise UserError(f"tokenizer: {folder} has no tokenizer.json")
-    for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json"):
+    for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json", "config.json"):
         if (folder / name).is_file():
             read_json(folder / name, "tokenizer: ")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"tokenizer: {folder} is damaged, it cannot be loaded: {error}") from None
-    except Exception as error:  # the Rust library raises bare Exception for a wrong tokenizer.json
-        if type(error) is not Exception:
-            raise
-        raise UserError(f"tokenizer: {folder}/tokenizer.json is damaged: {error}") from None
+        # Without the False, the library asks a person at a terminal whether the folder's own code may run.
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        tokenizer("a word")  # some fields of its files are not looked at before
+    except Exception as error:  # each kind fails in its own way, the Rust library with a bare Exception
+        what = "/tokenizer.json is damaged" if type(error) is Exception else " is damaged, it cannot be loaded"
+        raise UserError(f"tokenizer: {folder}{what}: {error}") from None
     if tokenizer.eos_token_id is None:
         raise UserError(f"tokenizer: {folder} has no end-of-text token")
     return tokenizer

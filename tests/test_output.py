@@ -1,4 +1,4 @@
-"""utils/lock.py by itself: who holds it, who is told, and what is left."""
+"""utils/output.py by itself: who holds it, who is told, and what is left."""
 
 import fcntl
 import os
@@ -9,9 +9,10 @@ from contextlib import suppress
 
 import pytest
 
-import utils.lock
+import utils.output
 from utils.cli import UserError
-from utils.lock import lock
+from utils.files import OLD, PARTIAL
+from utils.output import check_output_dir, lock
 
 
 @pytest.fixture
@@ -62,8 +63,8 @@ def test_a_longer_name_before_leaves_no_rest(tmp_path):
 
 
 def test_folders_are_made_and_synced_and_go_again_when_nothing_was_written(tmp_path, monkeypatch):
-    synced, real = [], utils.lock.sync
-    monkeypatch.setattr(utils.lock, "sync", lambda path: (synced.append(path), real(path)))
+    synced, real = [], utils.output.sync
+    monkeypatch.setattr(utils.output, "sync", lambda path: (synced.append(path), real(path)))
     with pytest.raises(KeyError), lock(tmp_path / "a" / "b", "train"):
         raise KeyError
     assert synced == [tmp_path, tmp_path / "a"]
@@ -105,3 +106,16 @@ def test_a_link_in_its_place_is_not_followed(tmp_path):
     with pytest.raises(OSError, match="symbolic"), lock(tmp_path / "out", "train"):
         pass
     assert (tmp_path / "outside").read_text() == "kept"
+
+
+def test_leftovers_and_locks_do_not_make_a_folder_foreign(tmp_path):
+    out = tmp_path / "out"
+    for name in (PARTIAL, OLD):
+        (out / name).mkdir(parents=True)
+    (out / ".train.lock").write_text("")
+    check_output_dir(out, False, "x.py", False)
+    (out / "letter.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"is not empty and not made by x\.py"):
+        check_output_dir(out, False, "x.py", False)
+    check_output_dir(out, False, "x.py", True)
+    check_output_dir(out, True, "x.py", False)
