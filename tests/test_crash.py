@@ -36,7 +36,8 @@ def plain():
 
     tqdm's lock lies in memory shared with all children, and one killed while it holds it would stop all later ones.
     """
-    tqdm.set_lock(threading.RLock())
+    for bar in (tqdm, *tqdm.__subclasses__()):
+        bar.set_lock(threading.RLock())
     matplotlib.figure.Figure.savefig = lambda _, path, **__: Path(path).write_bytes(b"a picture" * 99)
 
 

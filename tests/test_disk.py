@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections import namedtuple
 from contextlib import contextmanager
 
@@ -241,8 +242,12 @@ def run_traced(command, call, number, trace):
     tracer = subprocess.Popen(["strace", "-f", "-y", "-p", str(child.pid), "-o", trace, "-e", f"trace={call}", "-e",
                                fault], stderr=subprocess.PIPE, text=True)  # fmt: skip
     assert "attached" in tracer.stderr.readline()
-    child.kill(signal.SIGCONT)
-    ended = child.wait()
+    for _ in range(300):
+        child.kill(signal.SIGCONT)  # the first may come before the tracer listens
+        if os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            break
+        time.sleep(0.1)
+    ended = child.wait(timeout=1)
     tracer.communicate(timeout=20)
     return ended, trace.read_text()
 
