@@ -11,6 +11,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections import namedtuple
@@ -24,6 +25,7 @@ import pytest
 import torch
 from conftest import make_book
 from safetensors.torch import load_file
+from tqdm import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import finetune_generative  # noqa: F401
@@ -60,6 +62,9 @@ class Child:
             if memory:
                 now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
                 resource.setrlimit(resource.RLIMIT_AS, (now + memory, now + memory))
+            # The bars' lock lies in memory that all forks share: a child killed with it in its hand stops the rest.
+            for bar in (tqdm, *tqdm.__subclasses__()):
+                bar.set_lock(threading.RLock())
             if prepare:
                 prepare()
             sys.argv = [f"{script}.py", *map(str, argv)]

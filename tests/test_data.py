@@ -255,6 +255,16 @@ def test_a_missing_file_is_refused(prepared, tmp_path):
         open_blocks(folder)
 
 
+def test_a_folder_between_two_preparations_is_refused(prepared, tmp_path):
+    """Its files are those of before, whole, under the new manifest: the counts would be of another text."""
+    folder = shutil.copytree(prepared, tmp_path / "blocks")
+    manifest = read_json(folder / MANIFEST)
+    changed = {"files": {"train/data": {"bytes": 1, "sha256": "0"}}, "replaces": manifest["files"]}
+    write_sealed(folder, manifest | changed)
+    with pytest.raises(UserError, match="its preparation was cut short"):
+        open_blocks(folder)
+
+
 def test_a_data_folder_without_training_blocks_is_refused(prepared, tmp_path):
     folder = shutil.copytree(prepared, tmp_path / "blocks")
     manifest = read_json(folder / MANIFEST)

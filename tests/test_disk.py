@@ -11,7 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
+import threading
 from collections import namedtuple
 from contextlib import contextmanager
 
@@ -20,11 +20,14 @@ import safetensors.torch
 import transformers.modeling_utils
 from forked import Child, digest_files, digest_run, fresh, run_child, strays, undisturbed, workshop  # noqa: F401
 from safetensors import SafetensorError
+from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from utils import book, checkpoint, data, files
 from utils.cli import MAX_ERROR_CHARS
 
+# tqdm's own lock is shared by all forked children: one that ends while it holds it would stop the others.
+tqdm.set_lock(threading.RLock())
 SIZES = re.compile(r" needs [\d.,]+ MB, [\d.,]+ MB free")
 MB = 1_000_000
 
@@ -242,12 +245,8 @@ def run_traced(command, call, number, trace):
     tracer = subprocess.Popen(["strace", "-f", "-y", "-p", str(child.pid), "-o", trace, "-e", f"trace={call}", "-e",
                                fault], stderr=subprocess.PIPE, text=True)  # fmt: skip
     assert "attached" in tracer.stderr.readline()
-    for _ in range(300):
-        child.kill(signal.SIGCONT)  # the first may come before the tracer listens
-        if os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
-            break
-        time.sleep(0.1)
-    ended = child.wait(timeout=1)
+    child.kill(signal.SIGCONT)
+    ended = child.wait()
     tracer.communicate(timeout=20)
     return ended, trace.read_text()
 

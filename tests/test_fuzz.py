@@ -404,7 +404,7 @@ def test_checkpoints(workshop, undisturbed, broken_off, tmp_path, amount):  # no
         ([("trainer_state.json", ("json", [0], "step", 48))], True, False),
         ([("trainer_state.json", ("json", [0], "seconds", float("inf")))], True, True),
     ]
-    fuzz(amount(300, 20_000), "checkpoints", example, work, check, tmp_path, known)
+    fuzz(amount(150, 20_000), "checkpoints", example, work, check, tmp_path, known)
 
 
 MEANINGFUL = {

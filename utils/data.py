@@ -183,6 +183,8 @@ def open_blocks(folder: Path) -> Blocks:
     """
     manifest = read_manifest(folder)
     problem = verify_folder(folder)
+    if "replaces" in manifest:  # its files may be those of before; what it says of them is not
+        problem = f"data: {folder}: its preparation was cut short"
     if problem:
         raise UserError(f"{problem}; run prepare_data.py again")
     if manifest["splits"]["train"]["blocks"] < 1:
