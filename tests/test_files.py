@@ -88,6 +88,7 @@ BROKEN = [
     (b'{"a": "\xff"}', "what: a.json is damaged: byte 7 is not UTF-8"),
     (b"[" * 100_000, "what: a.json is damaged: nested too deeply, or a number too long"),
     (b'{"a": ' + b"1" * 5000 + b"}", "what: a.json is damaged: nested too deeply, or a number too long"),
+    (b'{"a": "\\ud800"}', "what: a.json is damaged: byte 7 is not UTF-8"),
     (b"[1]", "what: a.json is damaged: not a JSON object"),
     (None, "what: a.json: no such file"),
 ]
@@ -337,6 +338,28 @@ def test_a_reader_believes_the_old_set_while_it_is_replaced(tmp_path):
     assert files.verify_folder(tmp_path) is None
     files.write_sealed(tmp_path, {"files": new})
     assert files.verify_folder(tmp_path).endswith("checksum differs")
+
+
+def test_a_publish_cut_short_twice_still_knows_what_lies_there(tmp_path, monkeypatch):
+    """The manifest of the first cut names files that were never moved: the old ones are still the old ones."""
+    with files.publish_files(tmp_path, {}, 10, "a thing") as partial:
+        (partial / "a.bin").write_text("old")
+    old = files.read_sealed(tmp_path)["files"]
+    files.write_sealed(tmp_path, {"files": {"a.bin": {"bytes": 3, "sha256": "0" * 64}}, "replaces": old})
+    seen, write = [], files.write_sealed
+    monkeypatch.setattr(files, "write_sealed", lambda *given: (write(*given), seen.append(given[1].get("replaces"))))
+    with files.publish_files(tmp_path, {}, 10, "a thing") as partial:
+        (partial / "a.bin").write_text("new")
+    assert seen == [None, old]
+    assert files.verify_folder(tmp_path) is None
+
+
+def test_a_link_where_the_new_file_is_written_is_not_followed(tmp_path):
+    (tmp_path / "outside").write_text("kept")
+    (tmp_path / ".a.txt.partial").symlink_to(tmp_path / "outside")
+    files.write_text(tmp_path / "a.txt", "new")
+    assert (tmp_path / "outside").read_text() == "kept"
+    assert not (tmp_path / "a.txt").is_symlink()
 
 
 def test_nothing_replaced_is_no_excuse_for_nothing_there(tmp_path):

@@ -81,7 +81,7 @@ def read_json(path: Path, what: str = "") -> dict:
         raise UserError(f"{what}{path}: no such file")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-        json.dumps(value, ensure_ascii=False).encode()  # half a character, \\ud800, could not be written again
+        json.dumps(value, ensure_ascii=False).encode()  # half a character (a surrogate) could not be written again
     except json.JSONDecodeError as error:
         raise UserError(f"{what}{path} is damaged: line {error.lineno} column {error.colno}") from None
     except UnicodeError as error:

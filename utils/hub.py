@@ -47,7 +47,8 @@ def locate_model(name: str, what: str = "model") -> Path:
         name: a folder, or a name on the Hugging Face hub like 'gpt2'.
         what: 'model' or 'tokenizer', for messages.
     Raises:
-        UserError: no such folder; not in the cache and the hub cannot be reached (within 5 s).
+        UserError: no such folder; not in the cache and the hub cannot be reached (within 5 s), or sends
+            nothing that helps (within 30 s).
     """
     folder = Path(name)
     if folder.is_dir():
