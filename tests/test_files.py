@@ -152,16 +152,19 @@ def test_files_are_published_behind_a_manifest_that_knows_old_and_new(tmp_path, 
         replace(source, target)
         if (tmp_path / MANIFEST).is_file():
             seen.append((Path(target).name, (tmp_path / "a.bin").exists() and (tmp_path / "a.bin").read_text(),
-                         "replaces" in files.read_json(tmp_path / MANIFEST)))  # fmt: skip
+                         files.read_json(tmp_path / MANIFEST).get("replaces", "nothing")))  # fmt: skip
 
     with files.publish_files(tmp_path, {"format": 1}, 10, "a thing") as partial:
         (partial / "a.bin").write_text("old")
     (tmp_path / "other.txt").write_text("stays")
+    old = files.read_sealed(tmp_path)["files"]
     del operations[:]
     monkeypatch.setattr(os, "replace", look)
     with files.publish_files(tmp_path, {"format": 1}, 10, "a thing") as partial:
         (partial / "a.bin").write_text("new")
-    assert seen == [(MANIFEST, "old", False), (MANIFEST, "old", True), ("a.bin", "new", True), (MANIFEST, "new", False)]
+    assert seen == [
+        (MANIFEST, "old", "nothing"), (MANIFEST, "old", old), ("a.bin", "new", old), (MANIFEST, "new", "nothing"),
+    ]  # fmt: skip
     assert [entry for entry in operations if entry[1] == "."] == [("sync", ".")] * 3
     assert files.verify_folder(tmp_path) is None
     assert sorted(os.listdir(tmp_path)) == ["a.bin", MANIFEST, "other.txt"]
@@ -217,6 +220,15 @@ def test_a_failing_disk_is_explained_and_nothing_is_left(tmp_path, monkeypatch, 
     assert str(raised.value) == f"output-dir: {folder}: {reason}, a thing needs 5.0 MB, 12.3 MB free"
     assert raised.value.code == 3
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "old"]
+
+
+def test_a_disk_that_refuses_the_very_folder_is_explained(tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError(errno.EROFS, "x")
+
+    monkeypatch.setattr(Path, "mkdir", fail)
+    with pytest.raises(UserError, match="read-only file system, a thing needs"):
+        files.publish_folder(tmp_path / "out", {}, 10, "a thing").__enter__()
 
 
 def test_any_other_failure_is_left_as_it_is(tmp_path):
@@ -392,7 +404,7 @@ def test_a_manifest_vouches_for_itself(published, change):
     """A flipped digit may give another manifest that is fine by its form."""
     changed = {k: v for k, v in (files.read_json(published / MANIFEST) | change).items() if v is not None}
     files.write_json(published / MANIFEST, changed)
-    with pytest.raises(UserError, match=r"manifest\.json is damaged: checksum differs"):
+    with pytest.raises(UserError, match=r"manifest\.json is damaged: checksum differs$"):
         files.verify_folder(published)
     del changed["sha256"]  # format 1 had manifests without it
     files.write_json(published / MANIFEST, changed)
