@@ -188,16 +188,16 @@ def test_a_damaged_manifest_does_not_stop_the_next_publish(tmp_path):
 
 
 def test_modes_follow_the_umask(tmp_path):
-    before = os.umask(0o027)
+    before = os.umask(0o002)
     try:
         with files.publish_folder(tmp_path / "out", {}, 10, "a thing") as partial:
             fill(partial)
             (partial / "a.bin").chmod(0o600)
-        assert os.umask(0o027) == 0o027
+        assert os.umask(0o002) == 0o002
     finally:
         os.umask(before)
     modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "out").rglob("*")}
-    assert modes == {"a.bin": 0o640, "b.bin": 0o640, MANIFEST: 0o640, "sub": 0o750}
+    assert modes == {"a.bin": 0o664, "b.bin": 0o664, MANIFEST: 0o664, "sub": 0o775}
 
 
 FAILURES = [
@@ -256,12 +256,12 @@ def test_a_leftover_of_a_killed_run_is_no_part_of_the_next(tmp_path):
 
 
 def test_sweep_removes_leftovers_only(tmp_path):
-    for name in (PARTIAL, OLD, "checkpoint-3"):
+    for name in (PARTIAL, OLD, "checkpoint-3", f"checkpoint-3/{PARTIAL}"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "file").write_text("x")
     files.sweep(tmp_path)
     files.sweep(tmp_path)
-    assert os.listdir(tmp_path) == ["checkpoint-3"]
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["checkpoint-3", "file"]
 
 
 def test_discard_takes_a_folder_away_in_one_rename(tmp_path, operations, monkeypatch):
