@@ -40,7 +40,14 @@ def actions(monkeypatch):
 
 def test_flags_in_the_pages_exist(actions):
     known = {option for _, _, action in actions for option in action.option_strings} | {"--help"}
-    foreign = {"--version", "--quiet", "--upgrade", "--check", "--logdir"}  # of pip, ruff and tensorboard
+    foreign = {
+        "--full",
+        "--version",
+        "--quiet",
+        "--upgrade",
+        "--check",
+        "--logdir",
+    }  # of pytest, pip, ruff and tensorboard
     for page in PAGES:
         lines = page.read_text(encoding="utf-8").replace("_size", "-size").splitlines()
         own_words = "\n".join(line for line in lines if not line.startswith(">"))  # what models wrote is quoted

@@ -56,6 +56,15 @@ def test_a_killed_holder_is_not_in_the_way_even_while_its_child_lives(tmp_path, 
     assert os.listdir(tmp_path / "out") == []
 
 
+def test_the_lock_file_follows_the_umask(tmp_path):
+    before = os.umask(0o002)
+    try:
+        with lock(tmp_path / "out", "train"):
+            assert (tmp_path / "out" / ".train.lock").stat().st_mode & 0o777 == 0o664
+    finally:
+        os.umask(before)
+
+
 def test_a_longer_name_before_leaves_no_rest(tmp_path):
     (tmp_path / ".train.lock").write_text("x" * 500)
     with lock(tmp_path, "train"):
@@ -119,3 +128,52 @@ def test_leftovers_and_locks_do_not_make_a_folder_foreign(tmp_path):
         check_output_dir(out, False, "x.py", False)
     check_output_dir(out, False, "x.py", True)
     check_output_dir(out, True, "x.py", False)
+
+
+@pytest.fixture
+def places(tmp_path, monkeypatch):
+    """A working folder with a home, an input, an output, a file and links."""
+    for name in ("work/here", "home", "model/sub", "out", "locked"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "link").symlink_to("out")
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "model").symlink_to("../model")
+    monkeypatch.chdir(tmp_path / "work" / "here")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK | os.X_OK or path != tmp_path / "locked")
+    return tmp_path
+
+
+REFUSED = [
+    ("link", "{} is a symbolic link to out; give that"),
+    ("file", "{} is a file, expected a directory"),
+    ("home", "refusing to use {}; give a folder of its own"),
+    ("work", "refusing to use {}; give a folder of its own"),
+    ("work/here", "refusing to use {}; give a folder of its own"),
+    ("model", "refusing to use {}; {root}/model is read, give a folder of its own"),
+    ("model/sub", "refusing to use {}; {root}/model is read, give a folder of its own"),
+    ("linked", "{}/model is a symbolic link; remove it"),
+    ("locked", "{} is not writable"),
+    ("locked/new/one", "{} is not writable"),
+]
+
+
+@pytest.mark.parametrize(("name", "says"), REFUSED)
+def test_a_place_that_is_not_safe_is_refused(places, name, says):
+    inputs = ["gpt2", places / "file", places / "model"]
+    with pytest.raises(UserError) as raised:
+        check_output_dir(places / name, True, "x.py", True, inputs)
+    assert str(raised.value) == "output-dir: " + says.format(places / name, root=places)
+
+
+def test_the_root_and_a_folder_around_an_input_are_refused(places):
+    with pytest.raises(UserError, match="refusing to use /; give a folder of its own"):
+        check_output_dir(places.__class__("/"), True, "x.py", True)
+    with pytest.raises(UserError, match="model/sub is read"):
+        check_output_dir(places / "model", True, "x.py", True, [places / "model/sub"])
+
+
+def test_safe_places_are_taken(places):
+    for name in ("out", "new", "out/new/deep", "model2", "work/here/out"):
+        check_output_dir(places / name, False, "x.py", False, ["gpt2", places / "model"])
