@@ -1,7 +1,7 @@
 """Take each guard out, and change small things all over, to see that a test fails every time.
 
     python tests/mutants.py guards      every fsync, rename, checksum, lock, finiteness check ... removed
-    python tests/mutants.py mutate      small changes in utils/files.py, output.py and checkpoint.py
+    python tests/mutants.py mutate      small changes in utils/files.py, output.py and checkpoint.py, or those named
 
 A mutant is a module's source, changed and given to a forked child in place of the file; the child runs the
 tests. Nothing on the disk is touched. Exit status 1: a guard was not missed, or fewer than 90 % were killed.
@@ -226,7 +226,8 @@ def main():
     from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel  # noqa: F401
 
     torch.set_num_threads(1)
-    if sys.argv[1:] == ["guards"]:
+    what, paths = sys.argv[1], sys.argv[2:] or MUTATED
+    if what == "guards":
         mutants = []
         for path, guard, instead in GUARDS:
             source = (ROOT / path).read_text(encoding="utf-8")
@@ -236,7 +237,7 @@ def main():
         survivors = run_all(mutants)
         print(f"{len(mutants)} guards taken out, {len(mutants) - len(survivors)} missed by a test")
         return bool(survivors)
-    mutants = {name: (path, source) for path in MUTATED for name, source in mutate(path)}
+    mutants = {name: (path, source) for path in paths for name, source in mutate(path)}
     survivors = run_all([(name, *rest, QUICK) for name, rest in mutants.items()])
     print(f"{len(mutants)} mutants, {len(mutants) - len(survivors)} killed by the quick tests; now the slower ones")
     survivors = run_all([(name, *mutants[name], SLOWER) for name in survivors])

@@ -206,6 +206,15 @@ def test_what_is_not_finite_is_never_saved(tmp_path, parts, place, value):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(("value", "dtype"), [(float("nan"), torch.float32), (3.4e38, torch.bfloat16)])
+def test_a_best_model_that_is_not_finite_is_never_published(tmp_path, parts, value, dtype):
+    """The second is finite in float32 and is not once it is rounded to bf16."""
+    parts[0].transformer.wpe.weight.data[5, 5] = value
+    with pytest.raises(UserError, match=r"wpe\.weight has a value that is not a finite number"):
+        checkpoint.save_best(tmp_path, parts[0], parts[1], dtype)
+    assert not list(tmp_path.iterdir())
+
+
 def test_settings_are_compared_by_name(tmp_path):
     config = tmp_path / "run_config.json"
     write_json(config, {"settings": {"seed": 1, "lr_schedule": "linear", "data_sha256": "a" * 64}})
