@@ -525,8 +525,12 @@ def test_command_lines(tmp_path, amount):
         name, _, pairs = example
         if ended.code or ended.out.startswith("usage: "):
             return False
-        found, last = json.loads(ended.out), dict.fromkeys(["--" + flag[2:].replace("_", "-") for flag, _ in pairs])
-        last.update({"--" + flag[2:].replace("_", "-"): value for flag, value in pairs})
+        found = json.loads(ended.out)
+        listed = [entry for value in found.values() if isinstance(value, list) for entry in value]
+        for flag, _ in pairs:  # a word without a hyphen is one more value of the flag before it
+            assert flag.startswith("-") or any(entry.startswith(flag) for entry in listed), flag
+        pairs = [(flag, value) for flag, value in pairs if flag.startswith("-")]
+        last = {"--" + flag[2:].replace("_", "-"): value for flag, value in pairs}
         for flag, value in last.items():
             assert flag in FLAGS[name], flag
             got = found[flag[2:].replace("-", "_")]
