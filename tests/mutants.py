@@ -4,7 +4,7 @@
     python tests/mutants.py mutate      small changes in utils/files.py, output.py and checkpoint.py, or those named
 
 A mutant is a module's source, changed and given to a forked child in place of the file; the child runs the
-tests. Nothing on the disk is touched. Exit status 1: a guard was not missed, or fewer than 90 % were killed.
+tests. Nothing on the disk is touched. Exit status 1: no test failed for a guard, or fewer than 90 % were killed.
 """
 
 import ast
@@ -235,7 +235,7 @@ def main():
             tests = [name for name in QUICK + SLOWER if (ROOT / name).exists()]
             mutants.append((f"{path}: {guard.strip()}", path, source.replace(guard, instead), tests))
         survivors = run_all(mutants)
-        print(f"{len(mutants)} guards taken out, {len(mutants) - len(survivors)} missed by a test")
+        print(f"{len(mutants)} guards taken out, {len(mutants) - len(survivors)} times a test failed")
         return bool(survivors)
     mutants = {name: (path, source) for path in paths for name, source in mutate(path)}
     survivors = run_all([(name, *rest, QUICK) for name, rest in mutants.items()])
