@@ -112,12 +112,13 @@ def load_base(args, data, base, folder):
 
 def settings_of(args, data, base, folder):
     """Everything that shapes the result, with hashes of data and base model: equal settings give an equal run."""
-    from utils.files import hash_files
+    from utils.files import hash_files, join_hashes
 
     settings = {name: value for name, value in vars(args).items() if name in SHAPING_FLAGS - {"model_name"}}
     settings["model_name"] = None if args.from_scratch else base
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}
-    settings["data_sha256"] = hash_files(args.data_dir.glob("*/data-*.arrow"))
+    files = data.manifest["files"].items()  # compared with their checksums when they were opened
+    settings["data_sha256"] = join_hashes(entry["sha256"] for name, entry in files if "/data-" in name)
     if args.from_scratch and args.from_scratch.is_file():
         settings["base_sha256"] = hash_files([args.from_scratch])
     elif folder:  # a hub model that has left the cache is not needed to go on
@@ -346,7 +347,7 @@ def finetune(args):
 
     if checkpoint:
         print(f"continuing from step {state.step} of {plan.max_steps} ({checkpoint})")
-        model, tokenizer = load_pair(checkpoint)
+        model, tokenizer = load_pair(checkpoint, verified=True)
     else:
         model, tokenizer = start_run(args, settings, data, base, folder, device)
     if args.dropout is not None:

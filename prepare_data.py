@@ -235,7 +235,7 @@ def prepare(args, books, n_held_out):
             tokenizer = train_tokenizer(texts, args.train_tokenizer)
         splits, overlap, spans = write_blocks(args, books, n_held_out, tokenizer, folder)
         tokenizer.save_pretrained(folder / "tokenizer")
-        fingerprint = {"sha256": fingerprint_tokenizer(tokenizer), "size": len(tokenizer),
+        fingerprint = {"sha256": settings["tokenizer"] or fingerprint_tokenizer(tokenizer), "size": len(tokenizer),
                        "end_of_text_id": tokenizer.eos_token_id}  # fmt: skip
         facts = [{"name": b.path.name, "sha256": b.sha256, "chars": b.n_chars, "words": b.n_words} for b in books]
         manifest |= {"model_name": settings["model_name"], "block_size": args.block_size, "tokenizer": fingerprint,

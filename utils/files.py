@@ -30,7 +30,12 @@ def hash_file(path: Path) -> str:
 
 def hash_files(paths: Iterable[Path]) -> str:
     """Return one sha256 over several files, whatever their names and order are."""
-    return hashlib.sha256("".join(sorted(map(hash_file, paths))).encode()).hexdigest()
+    return join_hashes(map(hash_file, paths))
+
+
+def join_hashes(hashes: Iterable[str]) -> str:
+    """Return what hash_files returns, from hashes that are known already."""
+    return hashlib.sha256("".join(sorted(hashes)).encode()).hexdigest()
 
 
 def sync(path: Path) -> None:

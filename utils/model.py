@@ -263,13 +263,16 @@ def autocast(device: torch.device, dtype: str):
     return torch.autocast(device.type, DTYPES[dtype])
 
 
-def load_pair(folder: Path):
+def load_pair(folder: Path, verified: bool = False):
     """Load a folder's model and tokenizer, and check that they fit each other.
 
+    Args:
+        folder: of the model.
+        verified: its files have just been compared with its manifest, and are not hashed again.
     Raises:
         UserError: as load_model; or a file is not as the manifest of a folder that we wrote says.
     """
-    problem = verify_folder(folder) if (folder / MANIFEST).is_file() else None
+    problem = None if verified or not (folder / MANIFEST).is_file() else verify_folder(folder)
     if problem:
         raise UserError(f"model: {problem}")
     model, tokenizer = load_model(folder), load_tokenizer(folder)
