@@ -6,20 +6,20 @@ A manual AdamW loop: nothing is hidden in a trainer. The best model by held-out 
 --output-dir; the same command again continues an unfinished run. notes/03_training_loop.md explains it.
 """
 
-import argparse
 import math
 import time
 from contextlib import closing
 from pathlib import Path
 
-from utils.cli import Parser, StopSignal, UserError, print_table, real_number, run, warn
+from utils.cli import Parser, StopSignal, UserError, device_name, print_table, real_number, run, warn
 from utils.cli import whole_number as whole
 
 # Every flag is in one of the two: it shapes the result, and may not differ when a run is continued, or it does not.
 SHAPING_FLAGS = {
     "model_name", "from_scratch", "dropout", "epochs", "max_steps", "batch_size", "grad_accum_steps", "learning_rate",
     "lr_schedule", "warmup_ratio", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "seed",
-    "eval_every", "eval_batch_size", "early_stopping_patience", "save_dtype", "dtype", "deterministic",
+    "eval_every", "eval_batch_size", "early_stopping_patience", "copy_samples", "max_copy_rate", "save_dtype", "dtype",
+    "deterministic",
 }  # fmt: skip
 FREE_FLAGS = {
     "data_dir", "output_dir", "overwrite", "device", "num_workers", "save_every", "keep_checkpoints", "log_every",
@@ -54,6 +54,8 @@ def parse_args(argv=None):
     add("--eval-every", type=whole(1), help="updates between evaluations (default: a tenth of the run)")
     add("--eval-batch-size", type=whole(1), default=16, help="blocks a forward pass in evaluation")
     add("--early-stopping-patience", type=whole(1), help="stop after so many evaluations without a better one")
+    add("--copy-samples", type=whole(0, 1000), default=16, help="openings continued to measure copying; 0 for none")
+    add("--max-copy-rate", type=real_number(0, 1, above=True), help="share it may copy (default: 3 times the book)")
     add("--save-every", type=whole(1), help="updates between checkpoints (default: as --eval-every)")
     add("--keep-checkpoints", type=whole(1), default=2, help="newest checkpoints kept")
     add("--save-dtype", choices=["fp32", "bf16"], default="fp32", help="number type of the best model's file")
@@ -70,13 +72,6 @@ def parse_args(argv=None):
     if args.from_scratch and args.model_name:
         raise UserError("--from-scratch and --model-name exclude each other")
     return args  # fmt: skip
-
-
-def device_name(text):
-    kind, colon, number = text.partition(":")
-    if kind not in ("auto", "cpu", "cuda", "mps") or (colon and not (kind == "cuda" and number.isdecimal())):
-        raise argparse.ArgumentTypeError(f"{text!r} is unknown; use auto, cpu, mps, cuda or cuda:N")
-    return text
 
 
 def find_base(args, data):
@@ -186,7 +181,7 @@ def train(args, plan, model, tokenizer, data, optimizer, state):
             if due and state.evaluated_step != state.step:  # 1 evaluate; step 0 measures the base model
                 result = evaluate(args, plan, model, data, stopping)
                 if result is not None:  # else a signal came, and it is done when the run goes on
-                    if is_better(result, state):
+                    if is_better(result, state, plan.probe.limit):
                         save_best(args.output_dir, model, tokenizer, DTYPES[args.save_dtype])
                     log.write(state.step, result)
                     tqdm.write(f"step {state.step}: {describe(result)}{sample(args, plan, model, tokenizer)}")
@@ -244,7 +239,7 @@ class Plan:
 
 
 def evaluate(args, plan, model, data, stopping):
-    """Score all validation blocks; {} when there are none, None when a signal came before the end."""
+    """Score all validation blocks, measure copying; {} when there are none, None when a signal came before the end."""
     from tqdm import tqdm
 
     from utils.evaluation import score_blocks, summarize_loss
@@ -253,12 +248,17 @@ def evaluate(args, plan, model, data, stopping):
         return {}
     with tqdm(total=len(data.validation), unit="block", desc="evaluating", leave=False, delay=2) as bar:
         scored = score_blocks(model, data.validation, args.eval_batch_size, plan.autocast, bar.update, stopping)
-    return scored and summarize_loss(*scored, data.bytes_per_token)
+    if scored:
+        result = summarize_loss(sum(scored[0]), scored[1], data.bytes_per_token)
+    return result | plan.probe.measure(model, plan.autocast) if scored else None
 
 
-def is_better(result, state):
-    """Note an evaluation: the base's figures at step 0, afterwards whether this is the best model so far."""
+def is_better(result, state, max_copy_rate):
+    """Note an evaluation; say whether this is the best model so far: first it may not copy, then its loss counts."""
     from utils.failure import require_finite
+
+    def rank(metrics):
+        return metrics.get("eval/copy_rate", 0.0) > max_copy_rate, metrics["eval/loss"]
 
     require_finite(state, None, **{"validation loss": result.get("eval/loss", 0.0)})
     state.evaluated_step = state.step
@@ -266,7 +266,7 @@ def is_better(result, state):
         state.base_metrics = result
         return False
     state.evals_without_gain += 1
-    better = not result or result["eval/loss"] < state.best_metrics.get("eval/loss", math.inf)
+    better = not result or not state.best_metrics or rank(result) < rank(state.best_metrics)
     if better:
         state.best_step, state.best_metrics, state.evals_without_gain = state.step, result, 0
     return better
@@ -275,8 +275,9 @@ def is_better(result, state):
 def describe(result):
     if not result:
         return "no validation blocks"
+    copied = f", copied {result['eval/copy_rate']:.1%}" if "eval/copy_rate" in result else ""
     return (f"validation loss {result['eval/loss']:.4f}, perplexity {result['eval/perplexity']:.2f}, "
-            f"bits per byte {result['eval/bits_per_byte']:.4f}")  # fmt: skip
+            f"bits per byte {result['eval/bits_per_byte']:.4f}{copied}")  # fmt: skip
 
 
 def sample(args, plan, model, tokenizer):
@@ -304,6 +305,7 @@ def print_settings(args, plan, data, model, base):
         ("length", f"{plan.max_steps:,} updates, {plan.order.steps_per_epoch:,} an epoch"),
         ("learning rate", f"{args.learning_rate:g}, {args.lr_schedule}, warm-up {args.warmup_ratio:.0%}"),
         ("evaluate, save", f"every {plan.eval_every:,} and {plan.save_every:,} updates"),
+        ("copying", f"at most {plan.probe.limit:.1%} of a sample's tokens" if plan.probe.prompts else None),
         ("device", f"{plan.device}, computing in {plan.dtype}, {torch.get_num_threads()} threads"),
         ("output", args.output_dir),
     ])  # fmt: skip
@@ -311,11 +313,13 @@ def print_settings(args, plan, data, model, base):
         warn(f"a batch is the {len(data.train)} blocks there are, not {batch}")
 
 
-def print_outcome(args, state, results):
+def print_outcome(args, plan, state, results):
     if {"base_eval_loss", "eval_loss", "base_perplexity", "perplexity"} <= results.keys():
         print(f"held-out loss {results['base_eval_loss']:.4f} -> {results['eval_loss']:.4f} nats a token "
               f"(best at step {state.best_step}), perplexity {results['base_perplexity']:.2f} -> "
               f"{results['perplexity']:.2f}; {state.seconds:.0f} s")  # fmt: skip
+        if results.get("copy_rate", 0) > plan.probe.limit:
+            warn(f"every model copied more than {plan.probe.limit:.1%} of its sample; fewer epochs help")
         if results["eval_loss"] >= results["base_eval_loss"]:
             warn("no evaluation was better than the base model's; try a lower --learning-rate or fewer epochs")
     print(f"best model: {args.output_dir}\nnext: python generate_text.py")
@@ -325,6 +329,7 @@ def finetune(args):
     """Begin or continue the run in the output folder, which is locked."""
     import utils.checkpoint as checkpoints
     from utils.data import open_blocks
+    from utils.evaluation import CopyProbe
     from utils.failure import explain
     from utils.files import require_space, sweep
     from utils.metrics import write_results
@@ -360,6 +365,7 @@ def finetune(args):
         checkpoints.restore_optimizer(model, optimizer, checkpoint / "optimizer.safetensors")
         checkpoints.restore_random_state(checkpoint / "rng_state.safetensors")
     checkpoints.note_machine(state, device)
+    plan.probe = CopyProbe(args, data, model, tokenizer)
     print_settings(args, plan, data, model, base)
 
     try:
@@ -371,7 +377,7 @@ def finetune(args):
     if stopped_by:
         print(f"stopped at step {state.step} of {plan.max_steps}, saved; the same command goes on from here")
         return 128 + stopped_by
-    print_outcome(args, state, results)
+    print_outcome(args, plan, state, results)
     return 0
 
 

@@ -1,66 +1,57 @@
-"""Stage 3: let the base and the fine-tuned model answer the same prompts, and score both.
+"""Stage 3: let base and fine-tuned model answer the same prompts, and measure what the fine-tuning changed.
 
-    score the held-out text -> same prompts, same parameters, same seeds -> side by side
+    same prompts, same parameters, same dice -> style, copying, forgetting -> a verdict, a page, the numbers
 
-Writes samples.jsonl and comparison.md into the fine-tuned folder. notes/04_evaluation.md explains how to
-read them.
+Writes samples.jsonl, report.json, report.html, report.md, quiz.html and a model card into the fine-tuned folder.
+notes/04_evaluation.md explains every measure.
 """
 
 import argparse
-import json
 from pathlib import Path
 
 from utils.cli import Parser, UserError, print_table, real_number, run, warn
 from utils.cli import whole_number as whole
 
 OPENING_TOKENS = 32
+MAX_ROUNDS = 20
 # The seed project's prompt, one in the voice of the sample book, and none at all.
 DEFAULT_PROMPTS = ["The old house", "Thursday, 14th November 1872.\n\nWind", ""]
+CONTROL = Path("results/data/control.txt")
 
 
 def parse_args(argv=None):
-    parser = Parser("Compare the base and the fine-tuned model on the same prompts.")
-    add = parser.add_argument_group("models").add_argument
-    add(
-        "--finetuned-model",
-        type=Path,
-        default=Path("results/checkpoints/finetuned_model"),
-        help="folder that finetune_generative.py wrote",
-    )
+    parser = Parser("Compare the base and the fine-tuned model on the same prompts, and measure what changed.")
+    add = parser.add_argument_group("models and texts").add_argument
+    add("--finetuned-model", type=Path, default=Path("results/checkpoints/finetuned_model"),
+        help="folder that finetune_generative.py wrote")  # fmt: skip
     add("--base-model", help="hub name or folder (default: the one the fine-tuning began with)")
     add("--data-dir", type=Path, help="prepared folder with held-out text (default: the fine-tuning's)")
+    add("--control-path", type=Path, default=CONTROL, metavar="FILE", help="general text, to see what was forgotten")
+    add("--measure", action=argparse.BooleanOptionalAction, default=True, help="--no-measure: samples only")
     add = parser.add_argument_group("prompts").add_argument
-    add("--prompt", action="append", help="a prompt; repeat the flag for more (default: three, and --num-openings)")
+    add("--prompt", action="append", help="a prompt; repeat the flag for more (default: three)")
     add("--prompts-file", type=Path, metavar="FILE", help="text file with one prompt a line")
-    add(
-        "--num-openings",
-        type=whole(0, 100),
-        default=2,
-        help="openings of held-out passages, shown with what the author wrote next",
-    )
+    add("--num-openings", type=whole(0, 1000), default=64,
+        help="openings of held-out passages, continued too and shown with what the author wrote next")  # fmt: skip
     add("--truncate", action="store_true", help="cut a prompt that is too long, from its left")
     add = parser.add_argument_group("decoding, as in generate()").add_argument
     add("--max-new-tokens", type=whole(1, 1023), default=75, help="tokens a sample")
-    add("--temperature", type=temperature, default=0.8, help="below 1 safer, above 1 wilder; 0 is greedy")
-    add("--top-k", type=whole(0), default=50, help="choose among the k likeliest tokens; 0 for all")
-    add("--top-p", type=real_number(0, 1, above=True), default=0.95, help="choose among tokens of this probability")
-    add(
-        "--do-sample", action=argparse.BooleanOptionalAction, default=True, help="draw tokens; --no-do-sample is greedy"
-    )
-    add("--num-samples", type=whole(1, 10_000), default=1, help="samples of each prompt and model")
+    add("--temperature", type=temperature, default=1.0, help="below 1 safer, above 1 wilder; 0 is greedy")
+    add("--top-k", type=whole(0), default=0, help="choose among the k likeliest tokens; 0 for all")
+    add("--top-p", type=real_number(0, 1, above=True), default=0.9, help="choose among tokens of this probability")
+    add("--do-sample", action=argparse.BooleanOptionalAction, default=True,
+        help="draw tokens; --no-do-sample is greedy")  # fmt: skip
+    add("--num-samples", type=whole(1, 10_000), default=1, help="samples of each prompt and model, at least")
     add("--repetition-penalty", type=real_number(0, above=True), default=1.0, help="above 1 avoids used tokens")
     add("--no-repeat-ngram-size", type=whole(0), default=0, help="n-grams of this length stand once; 0 for no limit")
+    add("--max-copy", type=whole(1, 1023), metavar="N", help="let no sample copy a run of more than N training tokens")
     add("--seed", type=whole(0, 2**32 - 1), default=42, help="of the first sample; each pair has its own")
     add = parser.add_argument_group("machine").add_argument
-    add("--batch-size", type=whole(1), default=32, help="prompts continued, or blocks scored, at once")
+    add("--batch-size", type=whole(1), default=32, help="prompts continued at once")
     add("--device", default="auto", choices=["auto", "cpu", "mps", "cuda"], help="where to compute")
-    add(
-        "--dtype",
-        choices=["auto", "fp32", "bf16"],
-        default="fp32",
-        help="computed in; fp32 gives figures that any other scorer finds too",
-    )
-    return parser.parse_args(argv)  # fmt: skip
+    add("--dtype", choices=["auto", "fp32", "bf16"], default="fp32",
+        help="computed in; fp32 gives figures that any other scorer finds too")  # fmt: skip
+    return parser.parse_args(argv)
 
 
 def temperature(text):
@@ -71,7 +62,7 @@ def temperature(text):
 
 
 def find_models(args):
-    """Return the two folders and the data folder, from flags or from what the run recorded."""
+    """Return the base's name, the two model folders and the data folder, from flags or from what the run recorded."""
     from utils.checkpoint import list_checkpoints
     from utils.files import read_json
     from utils.hub import locate_model
@@ -89,45 +80,55 @@ def find_models(args):
     base = locate_model(base_name, "base model")
     if base.resolve() == tuned.resolve():
         raise UserError("base and tuned are the same directory")
-    data_dir = args.data_dir or (Path(recorded["data_dir"]) if recorded.get("data_dir") else None)
-    return base, tuned, data_dir
+    data_dir = args.data_dir or Path(recorded.get("data_dir") or "")
+    return base_name, base, tuned, data_dir if args.data_dir or (data_dir.name and data_dir.is_dir()) else None
 
 
-def open_held_out(args, data_dir, tokenizer):
+def open_held_out(data_dir, tokenizer, missing):
     """Open the prepared data if it is there and of this tokenizer; without it the samples still run."""
     from utils.data import open_blocks
     from utils.tokens import fingerprint_tokenizer
 
-    if data_dir is None or (not data_dir.is_dir() and not args.data_dir):
-        warn(f"no held-out text ({data_dir or 'not recorded'}): samples only; give --data-dir for scores")
+    if data_dir is None:
+        missing.append("style and copying: there is no prepared data; give --data-dir")
         return None
     data = open_blocks(data_dir)
     if data.manifest["tokenizer"]["sha256"] != fingerprint_tokenizer(tokenizer):
         raise UserError(f"data: {data_dir} was made with another tokenizer than the model's")
-    return data if len(data.validation) else None
+    if not len(data.validation):
+        missing.append("what held-out text tells: the data was prepared without any (--val-split 0)")
+    return data
+
+
+def read_control(args, missing):
+    """Read the general text; only one that was asked for by name must be there."""
+    from utils.book import read_book
+
+    if args.control_path == CONTROL and not CONTROL.is_file():
+        missing.append(f"forgetting: {CONTROL} is not here; give --control-path")
+        return ""
+    return read_book(args.control_path)[0]
 
 
 def collect_prompts(args, data, tokenizer):
-    """Return the prompts as dicts of prompt, prompt_ids and, for openings, what the author wrote."""
+    """Return the prompts as dicts of prompt, prompt_ids and next_ids: what the author wrote after an opening."""
     from utils.book import read_book
     from utils.generation import encode_prompt
 
     texts = list(args.prompt or [])
     if args.prompts_file:
         texts += [line for line in read_book(args.prompts_file)[0].split("\n") if line.strip()]
-    given = bool(texts)
-    texts = dict.fromkeys(texts or DEFAULT_PROMPTS)  # a prompt given twice is asked once; --num-samples asks again
-    prompts = [{"prompt": text, "author": None} for text in texts]
-    for prompt in prompts:
-        prompt["prompt_ids"] = encode_prompt(tokenizer, prompt["prompt"])
-        if given and prompt["prompt"] != prompt["prompt"].rstrip(" "):
-            warn(f"prompt {prompt['prompt']!r} ends in a space, which spoils the next token; leave it out")
-    if data and not given:
-        for ids, following in data.openings(args.num_openings, OPENING_TOKENS, args.max_new_tokens):
-            prompts.append({
-                "prompt": tokenizer.decode(ids), "prompt_ids": ids, "author": tokenizer.decode(following),
-            })  # fmt: skip
-    return prompts
+    for text in texts:
+        if text != text.rstrip(" "):
+            warn(f"prompt {text!r} ends in a space, which spoils the next token; leave it out")
+    prompts = {
+        text: {"prompt_ids": encode_prompt(tokenizer, text), "next_ids": []} for text in texts or DEFAULT_PROMPTS
+    }
+    if data and len(data.validation):
+        for ids, following in data.openings(tokenizer, args.num_openings, OPENING_TOKENS, args.max_new_tokens):
+            prompts.setdefault(tokenizer.decode(ids), {"prompt_ids": ids, "next_ids": following})
+    # By their text: one given twice is asked once, --num-samples asks again.
+    return [{"prompt": text, **prompt} for text, prompt in prompts.items()]
 
 
 def fit_prompts(args, prompts, limit):
@@ -148,45 +149,84 @@ def fit_prompts(args, prompts, limit):
             )
 
 
-def draw_samples(args, name, model, tokenizer, prompts, context):
-    """Continue every prompt --num-samples times; the seeds depend on prompt and sample alone."""
+def draw_samples(args, models, tokenizer, prompts, guard, context):
+    """Continue every prompt --num-samples times, and more often until the samples are long enough to measure.
+
+    Seeds depend on prompt and sample alone: base and fine-tuned model have the same luck.
+    """
     from tqdm import tqdm
 
     from utils.generation import Decoding, generate_ids
+    from utils.style import MIN_WORDS, split_words
 
-    fields = Decoding.__dataclass_fields__
-    decoding = Decoding(**{key: value for key, value in vars(args).items() if key in fields})
-    wanted = [
-        {"prompt": prompt["prompt"], "model": name, "sample_index": index,
-         "seed": (args.seed + number * args.num_samples + index) % 2**32, "prompt_ids": prompt["prompt_ids"]}
-        for number, prompt in enumerate(prompts) for index in range(args.num_samples)
-    ]  # fmt: skip
-    for start in tqdm(range(0, len(wanted), args.batch_size), desc=f"{name} writes", delay=2, leave=False):
-        rows = wanted[start : start + args.batch_size]
-        prompt_ids, seeds = [row["prompt_ids"] for row in rows], [row["seed"] for row in rows]
-        new = generate_ids(model, tokenizer.eos_token_id, prompt_ids, seeds, decoding, context)
-        for row, ids in zip(rows, new, strict=True):
-            row |= {"generated_ids": ids, "text": tokenizer.decode(ids)}
-    return wanted
+    decoding = Decoding(**{name: vars(args)[name] for name in Decoding.__dataclass_fields__})
+    samples, n_words = [], dict.fromkeys(models, 0)
+    enough = MIN_WORDS if args.measure and any(prompt["next_ids"] for prompt in prompts) else 0
+    for index in range(max(args.num_samples, MAX_ROUNDS)):
+        if index >= args.num_samples and min(n_words.values()) >= enough:
+            break
+        for name, model in models.items():
+            rows = [
+                {"prompt": prompt["prompt"], "model": name, "sample_index": index,
+                 "seed": (args.seed + index * len(prompts) + number) % 2**32, "prompt_ids": prompt["prompt_ids"]}
+                for number, prompt in enumerate(prompts)
+            ]  # fmt: skip
+            for start in tqdm(range(0, len(rows), args.batch_size), desc=f"{name} writes", delay=2, leave=False):
+                batch = rows[start : start + args.batch_size]
+                ids, seeds = [row["prompt_ids"] for row in batch], [row["seed"] for row in batch]
+                new = generate_ids(model, tokenizer.eos_token_id, ids, seeds, decoding, context, guard)
+                for row, ids in zip(batch, new, strict=True):
+                    row |= {"generated_ids": ids, "text": tokenizer.decode(ids)}
+                    n_words[name] += len(split_words(row["text"]))
+            samples += rows
+    order = {prompt["prompt"]: number for number, prompt in enumerate(prompts)}
+    return sorted(samples, key=lambda row: (row["model"], order[row["prompt"]], row["sample_index"]))
 
 
-def score(args, name, model, data, context):
-    """Held-out loss, perplexity and bits per byte of one model."""
+def measure(args, models, tokenizer, data, samples, prompts, missing, context):
+    """Return all figures of the report."""
     from tqdm import tqdm
 
-    from utils.evaluation import score_blocks, summarize_loss
+    from utils import comparison
 
-    with tqdm(total=len(data.validation), unit="block", desc=f"scoring {name}", delay=2, leave=False) as bar:
-        scored = score_blocks(model, data.validation, args.batch_size, context, bar.update)
-    return summarize_loss(*scored, data.bytes_per_token)
+    report = comparison.lay_out(prompts, samples, data, tokenizer)
+    report |= {"scores": {}, "shown_run": comparison.SHOWN_RUN, "n_samples": len(samples), "training": {}, "quiz": []}
+    if not args.measure:
+        missing.append("anything; --no-measure was given")
+        return report
+    control = read_control(args, missing)
+    with tqdm(unit="block", desc="scoring", delay=2, leave=False) as bar:
+        report |= comparison.score_models(models, tokenizer, data, control, args, context, missing, bar.update)
+    if data:
+        report |= comparison.compare_texts(samples, data, tokenizer, control, args, missing)
+        report["quiz"] = comparison.make_quiz(samples, data, tokenizer, args.seed)
+        report["training"] = comparison.read_training(args.finetuned_model, report["copy_rate"])
+    return report
 
 
-def compare(args, base_dir, tuned_dir, data_dir):
-    """Let both models speak, score them, and write the results into the fine-tuned folder."""
-    from utils.files import write_text
+def describe_settings(args, base_name, folders, data, dtype):
+    """Everything that shapes the figures, with hashes of what they were made from."""
+    from utils.files import hash_file, hash_files
+
+    names = {"base_model": str(base_name), "finetuned_model": str(args.finetuned_model)}
+    names |= {"data_dir": str(data.folder) if data else None}
+    flags = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    settings = flags | names | {"dtype": dtype}
+    for name, folder in folders.items():
+        settings[f"{name}_sha256"] = hash_files([*folder.glob("model*.safetensors"), *folder.glob("config.json")])
+    settings["data_sha256"] = hash_file(data.folder / "manifest.json") if data else None
+    settings["control_sha256"] = hash_file(args.control_path) if args.measure and args.control_path.is_file() else None
+    return settings
+
+
+def compare(args, base_name, base_dir, tuned_dir, data_dir):
+    """Let both models speak, measure them, and write the results into the fine-tuned folder."""
+    from utils.comparison import write_report
+    from utils.copying import RunIndex
+    from utils.generation import CopyGuard
     from utils.hub import position_limit
     from utils.model import autocast, check_fit, load_pair, pick_device, pick_dtype
-    from utils.report import render_comparison, render_terminal
+    from utils.report import render_terminal
 
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
@@ -194,47 +234,44 @@ def compare(args, base_dir, tuned_dir, data_dir):
     def context():
         return autocast(device, dtype)
 
-    models = {name: load_pair(folder) for name, folder in (("base", base_dir), ("finetuned", tuned_dir))}
-    sizes = {name: len(tokenizer) for name, (_, tokenizer) in models.items()}
+    folders, missing = {"base": base_dir, "finetuned": tuned_dir}, []
+    pairs = {name: load_pair(folder) for name, folder in folders.items()}
+    sizes = {name: len(tokenizer) for name, (_, tokenizer) in pairs.items()}
     if sizes["base"] != sizes["finetuned"]:
         raise UserError(f"base has {sizes['base']} tokens, tuned {sizes['finetuned']}; not the same family")
     if args.top_k > sizes["base"]:
         raise UserError(f"--top-k must be 0 to {sizes['base']}, not {args.top_k}")
-    tokenizer = models["finetuned"][1]
-    data = open_held_out(args, data_dir, tokenizer)
+    models, tokenizer = {name: model for name, (model, _) in pairs.items()}, pairs["finetuned"][1]
+    data = open_held_out(data_dir, tokenizer, missing)
+    if args.max_copy and not data:
+        raise UserError("--max-copy needs the training text; give --data-dir")
+    guard = CopyGuard(RunIndex(data.ids("train"), args.max_copy), tokenizer.eos_token_id) if args.max_copy else None
     prompts = collect_prompts(args, data, tokenizer)
-    for model, _ in models.values():
+    for model in models.values():
         if data:
             check_fit(model, data)
         fit_prompts(args, prompts, position_limit(model.config.to_dict()))
-
-    scores, samples = {}, []
-    for name, (model, _) in models.items():
         model.to(device)
-        if data:
-            scores[name] = score(args, name, model, data, context)
-        samples += draw_samples(args, name, model, tokenizer, prompts, context)
-        model.to("cpu")
 
-    settings = {"base": str(base_dir), "finetuned": str(tuned_dir), "data": str(data_dir), "dtype": dtype}
-    names = ("max_new_tokens", "temperature", "top_k", "top_p", "do_sample", "num_samples", "repetition_penalty",
-             "no_repeat_ngram_size", "seed")  # fmt: skip
-    settings |= {name: getattr(args, name) for name in names}
-    lines = (json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
-    write_text(tuned_dir / "samples.jsonl", "".join(lines))
-    write_text(tuned_dir / "comparison.md", render_comparison(prompts, samples, scores, settings))
+    settings = describe_settings(args, base_name, folders, data, dtype)
+    samples = draw_samples(args, models, tokenizer, prompts, guard, context)
+    report = measure(args, models, tokenizer, data, samples, prompts, missing, context)
+    report |= {"missing": missing, "settings": settings, "books": data.manifest["books"] if data else []}
+    if guard:
+        report["max_copy"] = {"tokens": args.max_copy, "acted": guard.acted}
+    report = write_report(tuned_dir, samples, report)
     print_table("comparison", settings.items())
-    print(render_terminal(prompts, samples, scores))
-    print(f"written: {tuned_dir / 'comparison.md'} and {tuned_dir / 'samples.jsonl'}")
+    print(render_terminal(report))
+    print(f"\nworth opening: {tuned_dir / 'report.html'}; the numbers: {tuned_dir / 'report.json'}")
 
 
 def main():
     args = parse_args()
     from utils.output import lock
 
-    base_dir, tuned_dir, data_dir = find_models(args)
-    with lock(tuned_dir, "samples"):  # a lock of its own: a training in progress may be looked at
-        compare(args, base_dir, tuned_dir, data_dir)
+    found = find_models(args)
+    with lock(args.finetuned_model, "samples"):  # a lock of its own: a training in progress may be looked at
+        compare(args, *found)
 
 
 if __name__ == "__main__":

@@ -97,7 +97,8 @@ def write_blocks(args, books, n_held_out, tokenizer, folder):
     """Tokenize every passage, write the blocks, and return what the manifest says of them."""
     from tqdm import tqdm
 
-    from utils.data import measure_overlap, save_blocks
+    from utils.copying import measure_overlap
+    from utils.data import save_blocks
     from utils.tokens import TokenWriter
 
     writer = TokenWriter(folder, tokenizer, len(books))

@@ -216,6 +216,14 @@ def text_encoding(name: str) -> str:
     raise argparse.ArgumentTypeError(f"{name!r} is not a text encoding; try utf-8, latin-1 or cp1252")
 
 
+def device_name(text: str) -> str:
+    """Parse the name of a device that a training may run on."""
+    kind, colon, number = text.partition(":")
+    if kind not in ("auto", "cpu", "cuda", "mps") or (colon and not (kind == "cuda" and number.isdecimal())):
+        raise argparse.ArgumentTypeError(f"{text!r} is unknown; use auto, cpu, mps, cuda or cuda:N")
+    return text
+
+
 def print_table(title: str, rows: Iterable[tuple[str, Any]]) -> None:
     """Print aligned name/value rows under a title; a None value leaves its row out."""
     rows = [(name, value) for name, value in rows if value is not None]

@@ -1,4 +1,4 @@
-"""Blocks: write and open the prepared folder, count what leaks, order the batches.
+"""Blocks: write and open the prepared folder, find places in it, order the batches.
 
 Owns the folder that prepare_data.py writes. Text is utils/book.py's, tokens are utils/tokens.py's.
 """
@@ -16,7 +16,6 @@ from utils.cli import UserError
 from utils.files import MANIFEST, read_sealed, verify_folder
 
 FORMAT = 1
-RUN_TOKENS = 32
 
 
 def save_blocks(tokens: dict[str, np.ndarray], block_size: int, folder: Path) -> None:
@@ -46,58 +45,6 @@ def save_blocks(tokens: dict[str, np.ndarray], block_size: int, folder: Path) ->
     enable_progress_bars()
 
 
-def hash_runs(ids: np.ndarray) -> np.ndarray:
-    """Hash every run of RUN_TOKENS tokens to 64 bits.
-
-    Args:
-        ids: (N,) token ids.
-    Returns:
-        (N - RUN_TOKENS + 1,) uint64, or empty.
-    """
-    if len(ids) < RUN_TOKENS:
-        return np.zeros(0, np.uint64)
-    mixed = (ids.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
-    mixed ^= mixed >> np.uint64(29)
-    n_runs = len(ids) - RUN_TOKENS + 1
-    hashes = np.zeros(n_runs, np.uint64)
-    for place in range(RUN_TOKENS):
-        hashes *= np.uint64(0xBF58476D1CE4E5B9)
-        hashes += mixed[place : place + n_runs]
-    return hashes ^ (hashes >> np.uint64(31))
-
-
-def measure_overlap(train: np.ndarray, validation: np.ndarray, chunk: int = 1 << 20) -> dict[str, Any]:
-    """Count the runs of validation that also stand in training, and how far training repeats itself.
-
-    Args:
-        train, validation: (N,) token ids.
-        chunk: training tokens held in memory at once.
-    Returns:
-        validation_runs and leaked_runs (counts of RUN_TOKENS-token runs), repeated_share (share of
-        training runs that stood before; measured on a sample of run values in a large corpus).
-    """
-    held_out = np.sort(hash_runs(validation))
-    leaked = np.zeros(len(held_out), bool)
-    # Sampling by the hash's own value takes all copies of a run or none: the share stays unbiased.
-    keep_one_in = np.uint64(1 + len(train) // (1 << 23))
-    kept = []
-    for start in range(0, max(len(train) - RUN_TOKENS + 1, 0), chunk):
-        hashes = hash_runs(train[start : start + chunk + RUN_TOKENS - 1])
-        kept.append(hashes[hashes % keep_one_in == 0])
-        if len(held_out):
-            low = np.searchsorted(held_out, hashes)
-            found = held_out[np.minimum(low, len(held_out) - 1)] == hashes
-            for place in np.unique(low[found]):
-                leaked[place : np.searchsorted(held_out, held_out[place], side="right")] = True
-    seen = np.concatenate(kept) if kept else np.zeros(0, np.uint64)
-    repeated = 1 - len(np.unique(seen)) / len(seen) if len(seen) else 0.0
-    return {
-        "validation_runs": len(held_out),
-        "leaked_runs": int(leaked.sum()),
-        "repeated_share": round(repeated, 6),
-    }
-
-
 @dataclass(frozen=True)
 class Blocks:
     """An opened data folder: rows of token ids and what the manifest says of them."""
@@ -125,24 +72,74 @@ class Blocks:
         ranges = [pc.min_max(pc.list_flatten(column)).as_py() for column in splits]
         return min(ids["min"] for ids in ranges), max(ids["max"] for ids in ranges)
 
-    def openings(self, count: int, prompt_tokens: int, next_tokens: int) -> list[tuple[list[int], list[int]]]:
-        """Return beginnings of validation passages and what the author wrote next.
+    def ids(self, split: str) -> np.ndarray:
+        """Return all token ids of a split's blocks, (n_blocks * block_size,), in the book's order."""
+        import pyarrow.compute as pc
+
+        return pc.list_flatten(getattr(self, split).data.table.column("input_ids")).to_numpy()
+
+    def spans(self, split: str) -> list[tuple[int, int, dict]]:
+        """Return where the passages of a split begin and end in ids(split), with what the manifest says of each."""
+        end = len(getattr(self, split)) * self.block_size
+        spans = [span for span in self.manifest["spans"] if span["split"] == split]
+        return [(span["tokens"][0], min(span["tokens"][1], end), span) for span in spans]
+
+    def stretches(self, split: str, length: int, count: int) -> list[np.ndarray]:
+        """Return up to `count` stretches of `length` tokens, spread over the passages; none overlap."""
+        ids = self.ids(split)
+        starts = [start for a, b, _ in self.spans(split) for start in range(a, b - length + 1, length)]
+        return [ids[start : start + length] for start in pick_evenly(starts, count)]
+
+    def openings(self, tokenizer, count: int, prompt_tokens: int, next_tokens: int) -> list[tuple[list, list]]:
+        """Return beginnings of validation paragraphs and what the author wrote next.
 
         Args:
-            count: how many, spread over the passages that are long enough.
+            tokenizer: tells where lines end.
+            count: how many, spread over the places with enough text after them. Where paragraphs are too few,
+                lines begin an opening, and where those are, any token.
             prompt_tokens, next_tokens: tokens of each.
         Returns:
             (prompt ids, next ids) pairs.
         """
-        spans = [s["tokens"] for s in self.manifest["spans"] if s["split"] == "validation"]
-        end = len(self.validation) * self.block_size
-        starts = [a for a, b in spans if min(b, end) - a >= prompt_tokens + next_tokens]
-        count, pairs = min(count, len(starts)), []
-        for start in (starts[i * len(starts) // count] for i in range(count)):
-            rows = range(start // self.block_size, (start + prompt_tokens + next_tokens - 1) // self.block_size + 1)
-            ids = self.validation[list(rows)]["input_ids"].flatten().tolist()[start % self.block_size :]
-            pairs.append((ids[:prompt_tokens], ids[prompt_tokens : prompt_tokens + next_tokens]))
-        return pairs
+        ids, needed = self.ids("validation"), prompt_tokens + next_tokens
+        unique, inverse = np.unique(ids, return_inverse=True)
+        texts = tokenizer.batch_decode(unique[:, None].tolist())
+        ends_line = np.array([text.endswith("\n") for text in texts], bool)[inverse]
+        ends_two = np.array([text.endswith("\n\n") for text in texts], bool)[inverse]
+        ends_two[1:] |= ends_line[1:] & ends_line[:-1]
+        inside = [range(a, b - needed + 1) for a, b, _ in self.spans("validation")]
+        first = {places[0] for places in inside if places}
+        for before in (ends_two, ends_line, None):
+            starts = [
+                i for places in inside for i in places
+                if before is None or i in first or (before[i - 1] and not ends_line[i])
+            ]  # fmt: skip
+            if len(starts) >= count:
+                break
+        return [
+            (ids[i : i + prompt_tokens].tolist(), ids[i + prompt_tokens : i + needed].tolist())
+            for i in pick_evenly(starts, count)
+        ]
+
+    def locate(self, position: int, tokenizer) -> dict[str, Any]:
+        """Say where in its book a training token stands.
+
+        Args:
+            position: of the token in ids("train").
+            tokenizer: tells how many characters stand before it in its passage.
+        Returns:
+            book (file name), char (from 0) and share (of the book, 0 to 1).
+        """
+        start, _, span = [entry for entry in self.spans("train") if entry[0] <= position][-1]
+        book = self.manifest["books"][span["book"]]
+        char = span["chars"][0] + len(tokenizer.decode(self.ids("train")[start:position]))
+        return {"book": book["name"], "char": char, "share": char / book["chars"]}
+
+
+def pick_evenly(values: list, count: int) -> list:
+    """Return `count` of the values, spread evenly, or all when there are fewer."""
+    count = min(count, len(values))
+    return [values[i * len(values) // count] for i in range(count)]
 
 
 def read_manifest(folder: Path) -> dict:

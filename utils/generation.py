@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from utils.cli import UserError
+from utils.copying import RunIndex
 
 
 @dataclass(frozen=True)
@@ -12,9 +13,9 @@ class Decoding:
     """How the next token is chosen; names and meanings as in transformers' generate()."""
 
     max_new_tokens: int = 75
-    temperature: float = 0.8
-    top_k: int = 50
-    top_p: float = 0.95
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 0.9
     do_sample: bool = True
     repetition_penalty: float = 1.0
     no_repeat_ngram_size: int = 0
@@ -39,6 +40,30 @@ class SeededSampling:
         return scores - noise.log().to(scores.device)
 
 
+class CopyGuard:
+    """A logits processor that lets no verbatim run of training grow longer than the index's runs.
+
+    What stands in the prompt counts too: a run that begins there is not drawn out.
+
+    Args:
+        index: of training, its run length is the longest run allowed.
+        eos_token_id: rows that end in it are finished.
+    """
+
+    def __init__(self, index: RunIndex, eos_token_id: int) -> None:
+        self.index, self.eos_token_id, self.acted = index, eos_token_id, 0
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        runs = input_ids[:, -self.index.length :].cpu().numpy()
+        if runs.shape[1] == self.index.length:
+            for row, run in enumerate(runs):
+                forbidden = self.index.following(run)
+                if len(forbidden) and run[-1] != self.eos_token_id:
+                    scores[row, torch.from_numpy(forbidden.astype("int64")).to(scores.device)] = -torch.inf
+                    self.acted += 1
+        return scores
+
+
 def encode_prompt(tokenizer, prompt: str) -> list[int]:
     """Tokenize a prompt; the empty one starts from the end-of-text token, as GPT-2's documents do."""
     try:
@@ -51,7 +76,13 @@ def encode_prompt(tokenizer, prompt: str) -> list[int]:
 
 @torch.no_grad()
 def generate_ids(
-    model, eos_token_id: int, prompts: list[list[int]], seeds: list[int], decoding: Decoding, autocast
+    model,
+    eos_token_id: int,
+    prompts: list[list[int]],
+    seeds: list[int],
+    decoding: Decoding,
+    autocast,
+    guard: CopyGuard | None = None,
 ) -> list[list[int]]:
     """Continue prompts in one batch.
 
@@ -62,6 +93,7 @@ def generate_ids(
         seeds: one a prompt.
         decoding: how to choose tokens.
         autocast: function that gives the context to compute in.
+        guard: keeps copied runs short; counts in `acted` the tokens before which it forbade something.
     Returns:
         New token ids of each prompt, without the end-of-text token.
     """
@@ -79,7 +111,7 @@ def generate_ids(
     for row, ids in enumerate(prompts):
         input_ids[row, longest - len(ids) :] = torch.tensor(ids)
         attention_mask[row, longest - len(ids) :] = 1
-    processors = LogitsProcessorList()
+    processors = LogitsProcessorList([guard] if guard else [])  # first: what is cut off is shared among the rest
     if decoding.do_sample and decoding.temperature > 0:
         processors.append(TemperatureLogitsWarper(float(decoding.temperature)))
         if decoding.top_k > 0:

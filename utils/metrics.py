@@ -7,7 +7,8 @@ from pathlib import Path
 from utils.files import replacing, sync, write_json, write_text
 
 METRICS = "metrics.jsonl"
-RESULT_NAMES = {"eval/loss": "eval_loss", "eval/perplexity": "perplexity", "eval/bits_per_byte": "bits_per_byte"}
+RESULT_NAMES = {"eval/loss": "eval_loss", "eval/perplexity": "perplexity", "eval/bits_per_byte": "bits_per_byte",
+                "eval/copy_rate": "copy_rate"}  # fmt: skip
 
 
 class MetricsLog:
