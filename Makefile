@@ -13,7 +13,8 @@ demo: $(READY)
 	$(BIN)/python generate_text.py
 	@echo
 	@echo "Worth opening:"
-	@echo "  $(FINETUNED)/comparison.md    base and fine-tuned model on the same prompts"
+	@echo "  $(FINETUNED)/report.html      does it write like the book? verdict, texts side by side, scores"
+	@echo "  $(FINETUNED)/quiz.html        the author or the model? a blind test for you"
 	@echo "  $(FINETUNED)/loss_curve.png   how the held-out loss fell"
 	@echo "  $(FINETUNED)/all_results.json the numbers"
 	@echo "  results/data/book.txt         the book itself"

@@ -7,6 +7,7 @@ notes/04_evaluation.md explains every measure.
 """
 
 import argparse
+import math
 from pathlib import Path
 
 from utils.cli import Parser, UserError, print_table, real_number, run, warn
@@ -110,8 +111,11 @@ def read_control(args, missing):
     return read_book(args.control_path)[0]
 
 
-def collect_prompts(args, data, tokenizer):
-    """Return the prompts as dicts of prompt, prompt_ids and next_ids: what the author wrote after an opening."""
+def collect_prompts(args, data, tokenizer, limit):
+    """Return the prompts as dicts of prompt, prompt_ids and next_ids: what the author wrote after an opening.
+
+    Openings are as long as the models' context of `limit` tokens leaves room for.
+    """
     from utils.book import read_book
     from utils.generation import encode_prompt
 
@@ -124,8 +128,9 @@ def collect_prompts(args, data, tokenizer):
     prompts = {
         text: {"prompt_ids": encode_prompt(tokenizer, text), "next_ids": []} for text in texts or DEFAULT_PROMPTS
     }
-    if data and len(data.validation):
-        for ids, following in data.openings(tokenizer, args.num_openings, OPENING_TOKENS, args.max_new_tokens):
+    room = min(OPENING_TOKENS, limit - args.max_new_tokens)
+    if data and len(data.validation) and room > 0:
+        for ids, following in data.openings(tokenizer, args.num_openings, room, args.max_new_tokens):
             prompts.setdefault(tokenizer.decode(ids), {"prompt_ids": ids, "next_ids": following})
     # By their text: one given twice is asked once, --num-samples asks again.
     return [{"prompt": text, **prompt} for text, prompt in prompts.items()]
@@ -133,8 +138,6 @@ def collect_prompts(args, data, tokenizer):
 
 def fit_prompts(args, prompts, limit):
     """Refuse, or cut with --truncate, prompts that leave no room in the model's context."""
-    if limit is None:
-        return
     room = limit - args.max_new_tokens
     for prompt in prompts:
         n = len(prompt["prompt_ids"])
@@ -246,11 +249,12 @@ def compare(args, base_name, base_dir, tuned_dir, data_dir):
     if args.max_copy and not data:
         raise UserError("--max-copy needs the training text; give --data-dir")
     guard = CopyGuard(RunIndex(data.ids("train"), args.max_copy), tokenizer.eos_token_id) if args.max_copy else None
-    prompts = collect_prompts(args, data, tokenizer)
+    limit = min(position_limit(model.config.to_dict()) or math.inf for model in models.values())
+    prompts = collect_prompts(args, data, tokenizer, limit)
+    fit_prompts(args, prompts, limit)
     for model in models.values():
         if data:
             check_fit(model, data)
-        fit_prompts(args, prompts, position_limit(model.config.to_dict()))
         model.to(device)
 
     settings = describe_settings(args, base_name, folders, data, dtype)
@@ -260,7 +264,7 @@ def compare(args, base_name, base_dir, tuned_dir, data_dir):
     if guard:
         report["max_copy"] = {"tokens": args.max_copy, "acted": guard.acted}
     report = write_report(tuned_dir, samples, report)
-    print_table("comparison", settings.items())
+    print_table("comparison", [entry for entry in settings.items() if not entry[0].endswith("_sha256")])
     print(render_terminal(report))
     print(f"\nworth opening: {tuned_dir / 'report.html'}; the numbers: {tuned_dir / 'report.json'}")
 

@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import shutil
 import signal
 import sys
 from collections import namedtuple
@@ -116,3 +117,26 @@ def prepared(tmp_path_factory, book, tiny_model, script_once):
     flags = ["--input-path", book, "--model-name", tiny_model, "--block-size", 32, "--output-dir", folder]
     script_once("prepare_data", *flags)
     return folder
+
+
+MEASURED_FLAGS = ["--max-new-tokens", 30, "--num-openings", 24]
+
+
+@pytest.fixture(scope="session")
+def large(tmp_path_factory, tiny_model, script_once):
+    """Folder of a book long enough to be measured (book.txt), its blocks, and a model that learned some of it."""
+    folder = tmp_path_factory.mktemp("large")
+    (folder / "book.txt").write_text(make_book(1700), encoding="utf-8")
+    flags = ["--input-path", folder / "book.txt", "--model-name", tiny_model, "--block-size", 64]
+    script_once("prepare_data", *flags, "--output-dir", folder / "blocks")
+    flags = ["--data-dir", folder / "blocks", "--output-dir", folder / "model", "--learning-rate", "1e-2"]
+    script_once("finetune_generative", *flags, "--max-steps", 300, "--dtype", "fp32", "--sample-tokens", 0,
+                "--copy-samples", 4)  # fmt: skip
+    return folder
+
+
+@pytest.fixture(scope="session")
+def measured(large, tmp_path_factory, script_once):
+    """A copy of that model's folder, with the report of generate_text.py and its MEASURED_FLAGS."""
+    script_once("generate_text", "--finetuned-model", large / "model", *MEASURED_FLAGS)
+    return shutil.copytree(large / "model", tmp_path_factory.mktemp("measured") / "model")

@@ -133,11 +133,16 @@ class Workshop:
         """Six updates with dropout, evaluated every 3 and saved every 2; each flag may be given again."""
         return "finetune_generative", ["--data-dir", self.data, "--output-dir", out, "--max-steps", 6, "--batch-size",
                                        2, "--learning-rate", "1e-2", "--dropout", "0.1", "--save-every", 2,
-                                       "--eval-every", 3, "--sample-tokens", 0, "--dtype", "fp32", *flags]  # fmt: skip
+                                       "--eval-every", 3, "--sample-tokens", 0, "--copy-samples", 0,
+                                       "--dtype", "fp32", *flags]  # fmt: skip
 
     def generate(self, tuned, *flags):
+        """One prompt and two openings, not measured; --num-openings 0 --measure measures without further rounds."""
         return "generate_text", ["--finetuned-model", tuned, "--prompt", "Day 1. Ada", "--max-new-tokens", 4,
-                                 *flags]  # fmt: skip
+                                 "--num-openings", 2, "--no-measure", *flags]  # fmt: skip
+
+
+WRITTEN = ("samples.jsonl", "report.json", "report.html", "report.md", "README.md")  # by generate_text.py, into a run
 
 
 def digest_tensors(*paths):

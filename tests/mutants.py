@@ -92,7 +92,7 @@ GUARDS = [
     ("finetune_generative.py", "if due and state.evaluated_step != state.step:", "if due and state.step > resumed_at:"),
     ("prepare_data.py", '    with lock(args.output_dir, "prepare"):\n', "    if True:\n"),
     ("prepare_data.py", "    sweep(args.output_dir)\n", ""),
-    ("generate_text.py", '    with lock(tuned_dir, "samples"):', "    if True:"),
+    ("generate_text.py", '    with lock(args.finetuned_model, "samples"):', "    if True:"),
 ]  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import matplotlib.figure
 import pytest
-from forked import Child, digest_files, digest_run, fresh, run_child, strays, undisturbed, workshop  # noqa: F401
+from forked import WRITTEN, Child, digest_files, digest_run, fresh, run_child, strays, undisturbed, workshop  # noqa: F401
 
 import utils.checkpoint
 import utils.evaluation
@@ -102,7 +102,7 @@ class Case:
         script, _, how = name.partition(" ")
         self.folder, self.out, self.older = folder, folder / "root" / "out", None
         self.make, self.flags, self.safe_step = getattr(workshop, script), [], 0
-        self.name, self.overwrites, self.interval = name, how == "--overwrite", 2
+        self.name, self.script, self.overwrites, self.interval = name, script, how == "--overwrite", 2
         if self.overwrites:
             self.flags, self.older = ["--overwrite"], folder / "older"
             other = ["--block-size", 8] if script == "prepare" else ["--learning-rate", "1e-3"]
@@ -114,7 +114,7 @@ class Case:
             self.flags, self.older, self.interval = ["--save-every", 6], folder / "older", 6
             self.run(die_in_first_save, self.make(self.older, *self.flags), code=-signal.SIGKILL)
         elif script == "generate":
-            self.older = undisturbed
+            self.flags, self.older = ["--measure", "--num-openings", 0] if how == "measured" else [], undisturbed
         self.begin()
         self.run()
         self.wanted = self.describe()
@@ -133,11 +133,11 @@ class Case:
     def describe(self):
         """Return all that must be equal: bytes, names of files, figures; seconds and speeds are none of it."""
         assert not strays(self.out), strays(self.out)
-        if self.name.startswith("prepare"):
+        if self.script == "prepare":
             return digest_files(self.out)
         names = sorted(str(path.relative_to(self.out)) for path in self.out.rglob("*"))
-        if self.name == "generate":
-            return [names, *((self.out / name).read_bytes() for name in ("samples.jsonl", "comparison.md"))]
+        if self.script == "generate":
+            return [names, *((self.out / name).read_bytes() for name in WRITTEN)]
         return [digest_run(self.out), names, timeless(self.out / "checkpoint-6" / "trainer_state.json"),
                 timeless(self.out / "all_results.json"), timeless(self.out / "metrics.jsonl")]  # fmt: skip
 
@@ -205,7 +205,7 @@ def die_in_first_save():
 
 
 CASES = ["prepare", "prepare --overwrite", "finetune", "finetune --overwrite", "finetune stopped", "finetune unsaved",
-         "generate"]  # fmt: skip
+         "generate", "generate measured"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -229,7 +229,7 @@ def test_a_kill_at_any_file_operation_changes_nothing(case, amount, name):
         case.begin()
         ended = run_child(*case.make(case.out, *case.flags), prepare=KillAt(point))
         assert ended.code == -signal.SIGKILL, f"point {point} ({points[point]}): {ended}"
-        reached = 0 if case.overwrites or name == "generate" else reached_step(case.out)
+        reached = 0 if case.overwrites or case.script == "generate" else reached_step(case.out)
         case.finish(f"{name}: killed at point {point} ({points[point]})", reached - case.interval)
     print(f"{name}: killed at {len(chosen):,} of {len(points):,} points: {len(chosen):,} identical")
 
@@ -365,7 +365,7 @@ class Disk:
 
 CUTS = {"finetune": (100, 1500), "finetune --overwrite": (6, 300), "finetune stopped": (8, 300),
         "finetune unsaved": (6, 300), "prepare": (20, 500), "prepare --overwrite": (8, 200),
-        "generate": (5, 100)}  # fmt: skip
+        "generate": (5, 100), "generate measured": (5, 100)}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", CUTS)
@@ -383,7 +383,7 @@ def test_a_power_cut_loses_nothing_that_was_saved(case, amount, name):
             disk.write(fresh(case.out.parent), random.Random(f"{moment} {trial}"))
             if case.overwrites and trial % 2 == 0:  # someone goes on without the flag: refused, or all is well
                 refused += case.go_on_without_overwrite(where)
-            case.finish(where, 0 if case.overwrites or name == "generate" else disk.saved)
+            case.finish(where, 0 if case.overwrites or case.script == "generate" else disk.saved)
     lost = [half for change in disk.pending for half in change if half[2] and not half[1].startswith(".")]
     assert not lost, f"{name}: at the end these names are not on the disk: {lost}"
     print(f"{name}: cut off at {n_states:,} states of {len(events):,} moments: {n_states:,} identical, "

@@ -24,6 +24,7 @@ import pytest
 import safetensors.torch
 import torch
 from forked import (  # noqa: F401
+    WRITTEN,
     Child,
     Workshop,
     digest_files,
@@ -260,6 +261,11 @@ def test_damaged_data(workshop, undisturbed, tmp_path, amount):  # noqa: F811
     )
 
 
+def remove_written(folder):
+    for name in WRITTEN:
+        (folder / name).unlink()
+
+
 def test_damaged_model(workshop, undisturbed, tmp_path, amount):  # noqa: F811
     """The final model, at the root of the run's folder."""
     tuned, harmless = tmp_path / "tuned", []
@@ -280,8 +286,7 @@ def test_damaged_model(workshop, undisturbed, tmp_path, amount):  # noqa: F811
     clean = run_child(*workshop.generate(tuned))
     assert clean.code == 0, clean.err
     samples = (tuned / "samples.jsonl").read_bytes()
-    (tuned / "samples.jsonl").unlink()
-    (tuned / "comparison.md").unlink()
+    remove_written(tuned)
     trials = choose(found, amount(12, 200))
     for case in trials:
         good = (tuned / case.file).read_bytes()
@@ -290,8 +295,7 @@ def test_damaged_model(workshop, undisturbed, tmp_path, amount):  # noqa: F811
         ended = run_child(*workshop.generate(tuned))
         if case.file == MANIFEST and ended.code == 0:
             assert (tuned / "samples.jsonl").read_bytes() == samples, case[:2]
-            (tuned / "samples.jsonl").unlink()
-            (tuned / "comparison.md").unlink()
+            remove_written(tuned)
         else:
             assert refused(ended, [case.file] if case.file != MANIFEST else []), (case[:2], ended.err)
             assert snapshot(tuned) == before, case[:2]
@@ -510,7 +514,7 @@ def test_hostile_models(workshop, undisturbed, tmp_path, amount):  # noqa: F811
             elif command[0] == "finetune_generative" or ended.code:
                 assert refused(ended, []), (name, command[0], ended.code, ended.err)
                 assert not out.exists(), name
-            for made in ("samples.jsonl", "comparison.md"):  # generate_text.py writes beside the model
+            for made in WRITTEN:  # generate_text.py writes beside the model
                 (model / made).unlink(missing_ok=True)
             assert snapshot(model) == before, (name, command[0])
             count += 1
@@ -609,7 +613,7 @@ def test_links(workshop, stopped, undisturbed, tmp_path):  # noqa: F811
     foreign = [("link", "file"), (".partial", ""), (".old", ""), ("checkpoint-6", "checkpoint-4"), (MANIFEST, "file"),
                ("metrics.jsonl", "file"), (".metrics.jsonl.partial", "file"), (".train.lock", "file"),
                (".prepare.lock", "file"), ("train", "checkpoint-4"), ("tokenizer", "checkpoint-4")]  # fmt: skip
-    inner, own = "checkpoint-4/model.safetensors", ("samples.jsonl", "comparison.md", ".samples.jsonl.partial")
+    inner, own = "checkpoint-4/model.safetensors", (*WRITTEN, *(f".{name}.partial" for name in WRITTEN))
     rows = [(script, *row, "is a symbolic link") for script in ("prepare", "finetune") for row in foreign]
     rows += [("finetune", inner, inner, None), ("prepare", "train/state.json", "file", None)]
     # A folder to generate from may be full of links, as the hub's cache is: only what is written counts.

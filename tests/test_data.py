@@ -1,4 +1,4 @@
-"""Blocks: what is stored is the text, overlap equals a brute-force count, batches are arithmetic."""
+"""Blocks: what is stored is the text, places in it are found again, batches are arithmetic."""
 
 import itertools
 import shutil
@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_book
+from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from utils import data
 from utils.book import plan_validation, read_book, split_book
 from utils.cli import UserError
-from utils.data import BatchOrder, Blocks, hash_runs, measure_overlap, open_blocks
+from utils.data import BatchOrder, Blocks, open_blocks, pick_evenly
 from utils.files import MANIFEST, read_json, write_sealed
 from utils.tokens import load_tokenizer
 
@@ -165,54 +165,153 @@ def test_no_paragraph_of_validation_stands_in_training(prepared, tiny_model):
     assert blocks.manifest["overlap"]["leaked_runs"] == 0
 
 
-# Opening
-
-
-def test_openings_are_the_beginnings_of_held_out_passages(three_books, tiny_model):
-    paths, folder = three_books
-    blocks, tokenizer = open_blocks(folder), load_tokenizer(tiny_model)
-    texts = [read_book(path)[0] for path in paths]
-    spans = [s for s in blocks.manifest["spans"] if s["split"] == "validation"]
-    passages = [texts[s["book"]][slice(*s["chars"])] for s in spans]
-    pairs = blocks.openings(3, 21, 19)
-    assert len(pairs) == 3
-    begins = []
-    for ids, following in pairs:
-        assert (len(ids), len(following)) == (21, 19)
-        decoded = tokenizer.decode(ids + following).rstrip("\ufffd")
-        begins.append(next(i for i, p in enumerate(passages) if p.startswith(decoded)))
-    assert len(set(begins)) == 3
+# Places
 
 
 def blocks_of_passages(n_passages, n_tokens, block_size=4):
-    """Return Blocks whose validation is n_passages of n_tokens, counting up from 0."""
-    rows = torch.arange(n_passages * n_tokens // block_size * block_size).view(-1, block_size)
-
-    class Rows:
-        def __len__(self):
-            return len(rows)
-
-        def __getitem__(self, index):
-            return {"input_ids": rows[index]}
-
+    """Return Blocks whose validation is n_passages of n_tokens, counting up from 0: an id is its own place."""
+    rows = np.arange(n_passages * n_tokens // block_size * block_size).reshape(-1, block_size)
     spans = [{"split": "validation", "tokens": [i * n_tokens, (i + 1) * n_tokens]} for i in range(n_passages)]
-    return Blocks(Path(), {"block_size": block_size, "spans": spans}, None, Rows())
+    validation = Dataset.from_dict({"input_ids": rows.tolist()}).with_format("torch")
+    return Blocks(Path(), {"block_size": block_size, "spans": spans}, None, validation)
 
 
-@pytest.mark.parametrize(
-    ("count", "chosen"), [(0, []), (1, [0]), (2, [0, 2]), (3, [0, 1, 3]), (5, [0, 1, 2, 3, 4]), (9, [0, 1, 2, 3, 4])]
-)
+class Spelling:
+    """Takes a tokenizer's place: the ids named decode to what is said, all others to a word."""
+
+    def __init__(self, said=()):
+        self.said = dict(said)
+
+    def batch_decode(self, rows):
+        return [self.said.get(token, " word") for [token] in rows]
+
+
+@pytest.mark.parametrize("which", ["one", "three"])
+def test_ids_are_the_rows_end_to_end(which, prepared, three_books):
+    blocks = open_blocks(prepared if which == "one" else three_books[1])
+    for split in SPLITS:
+        assert blocks.ids(split).tolist() == stream_of(blocks, split)
+
+
+def test_spans_end_where_the_blocks_do(three_books):
+    blocks = open_blocks(three_books[1])
+    for split in SPLITS:
+        spans, n_ids = blocks.spans(split), len(blocks.ids(split))
+        assert [span for *_, span in spans] == [s for s in blocks.manifest["spans"] if s["split"] == split]
+        assert [(a, b) for a, b, _ in spans] == [(s["tokens"][0], min(s["tokens"][1], n_ids)) for *_, s in spans]
+    assert [b for _, b, _ in blocks_of_passages(5, 11).spans("validation")] == [11, 22, 33, 44, 52]
+
+
+@settings(max_examples=60, deadline=None)
+@given(n_values=st.integers(0, 60), count=st.integers(0, 70))
+def test_picked_values_are_spread(n_values, count):
+    picked = pick_evenly(list(range(n_values)), count)
+    assert len(picked) == min(count, n_values)
+    gaps = [b - a for a, b in itertools.pairwise([*picked, n_values])]
+    assert not picked or (picked[0] == 0 and max(gaps) - min(gaps) <= 1 and min(gaps) > 0)
+
+
+@pytest.mark.parametrize("length", [1, 4, 5, 12, 13])
+@pytest.mark.parametrize("count", [0, 1, 2, 5, 7, 999])
+def test_stretches_lie_within_passages_and_nowhere_twice(length, count):
+    found = [ids.tolist() for ids in blocks_of_passages(5, 12).stretches("validation", length, count)]
+    assert len(found) == min(count, 5 * (12 // length))
+    assert all(ids == list(range(ids[0], ids[0] + length)) for ids in found)
+    assert all(ids[0] // 12 == ids[-1] // 12 for ids in found), "within a passage"
+    places = [place for ids in found for place in ids]
+    assert places == sorted(set(places)), "in the book's order, none twice"
+    if count >= 5 and found:
+        assert {ids[0] // 12 for ids in found} == set(range(5)), "from every passage"
+
+
+def test_stretches_are_the_books(three_books, tiny_model):
+    paths, folder = three_books
+    blocks, tokenizer = open_blocks(folder), load_tokenizer(tiny_model)
+    texts = [read_book(path)[0] for path in paths]
+    for split in SPLITS:
+        passages = [texts[span["book"]][slice(*span["chars"])] for *_, span in blocks.spans(split)]
+        found = tokenizer.batch_decode(blocks.stretches(split, 24, 20))
+        assert len(found) == 20
+        assert all(any(text.strip("\ufffd") in passage for passage in passages) for text in found)
+
+
+def test_a_training_token_is_located_in_its_book(three_books, tiny_model):
+    """From the named character to the passage's end, the book has what the tokens from that place on decode to."""
+    paths, folder = three_books
+    blocks, tokenizer = open_blocks(folder), load_tokenizer(tiny_model)
+    texts, ids, seen = [read_book(path)[0] for path in paths], blocks.ids("train"), set()
+    for a, b, span in blocks.spans("train"):
+        text, is_whole = texts[span["book"]], b == span["tokens"][1]
+        for place in {a, b - 1, *range(a, b, 61)}:
+            rest = tokenizer.decode(ids[place:b])
+            if rest.startswith("\ufffd"):  # in the middle of a character
+                continue
+            found = blocks.locate(place, tokenizer)
+            there = text[found["char"] : span["chars"][1]]
+            assert there == rest if is_whole else there.startswith(rest.rstrip("\ufffd"))
+            assert found["book"] == paths[span["book"]].name
+            assert found["share"] == found["char"] / len(text)
+            seen.add(found["book"])
+    assert seen == {path.name for path in paths}
+
+
+def places_of(run, stream):
+    return [i for i in range(len(stream) - len(run) + 1) if stream[i : i + len(run)] == run]
+
+
+@pytest.mark.parametrize("count", [1, 3, 25])
+def test_openings_are_the_beginnings_of_held_out_paragraphs(three_books, tiny_model, count):
+    blocks, tokenizer = open_blocks(three_books[1]), load_tokenizer(tiny_model)
+    stream, spans, begins = stream_of(blocks, "validation"), blocks.spans("validation"), []
+    pairs = blocks.openings(tokenizer, count, 11, 9)
+    assert len(pairs) == count
+    for ids, following in pairs:
+        assert (len(ids), len(following)) == (11, 9)
+        [place] = places_of(ids + following, stream)
+        [start] = [a for a, b, _ in spans if a <= place and place + 20 <= b]
+        before = tokenizer.decode(stream[start:place])
+        assert before.strip("\n") == "" or before.endswith("\n\n"), before
+        assert place == start or not tokenizer.decode(ids).startswith("\n")
+        begins.append(place)
+    assert begins == sorted(set(begins))
+    assert count < 3 or len({a for a, b, _ in spans for i in begins if a <= i < b}) > 1, "from more than one passage"
+
+
+@pytest.mark.parametrize(("count", "chosen"), [(0, []), (1, [0]), (2, [0, 2]), (3, [0, 1, 3]), (5, [0, 1, 2, 3, 4])])
 def test_openings_are_spread_over_the_passages(count, chosen):
-    pairs = blocks_of_passages(5, 12).openings(count, 3, 6)
+    pairs = blocks_of_passages(5, 12).openings(Spelling(), count, 3, 6)
     starts = [12 * i for i in chosen]
     assert pairs == [(list(range(s, s + 3)), list(range(s + 3, s + 9))) for s in starts]
 
 
-def test_passages_too_short_for_an_opening_are_passed_over():
-    assert blocks_of_passages(5, 11).openings(2, 3, 9) == []
+def starts_of(pairs):
+    return [ids[0] for ids, _ in pairs]
+
+
+def test_paragraphs_begin_an_opening_then_lines_then_any_token():
+    """Passages of 12 tokens, where an opening of 9 may begin at the first 4."""
+    blocks = blocks_of_passages(5, 12)
+    said = {1: "\n", 2: "\n", 13: ".\n\n", 24: " \n", 37: "\n", 50: "\n", 51: "\n"}
+    assert starts_of(blocks.openings(Spelling(said), 7, 3, 6)) == [0, 3, 12, 14, 24, 36, 48]
+    assert starts_of(blocks.openings(Spelling(said), 9, 3, 6)) == [0, 3, 12, 14, 24, 25, 36, 38, 48]
+    anywhere = [12 * i + k for i in range(5) for k in range(4)]
+    assert starts_of(blocks.openings(Spelling(said), 10, 3, 6)) == anywhere[::2]
+    assert starts_of(blocks.openings(Spelling(said), 999, 3, 6)) == anywhere
+
+
+def test_no_opening_reaches_over_the_end_of_a_passage():
+    assert blocks_of_passages(5, 11).openings(Spelling(), 2, 3, 9) == []
     # 55 tokens in blocks of 4: the last 3 were left out, so the last passage has 8.
-    assert len(blocks_of_passages(5, 11).openings(9, 3, 5)) == 5
-    assert len(blocks_of_passages(5, 11).openings(9, 3, 6)) == 4
+    for next_tokens, last in ((5, 44), (6, 35)):
+        pairs = blocks_of_passages(5, 11).openings(Spelling(), 99, 3, next_tokens)
+        assert all(ids + after == list(range(ids[0], ids[0] + 3 + next_tokens)) for ids, after in pairs)
+        assert all(ids[0] // 11 == after[-1] // 11 for ids, after in pairs)
+        assert starts_of(pairs)[-1] == last
+        assert len(pairs) == 4 * (11 - 3 - next_tokens + 1) + (last == 44)
+    assert len(blocks_of_passages(5, 11).openings(Spelling(), 5, 3, 5)) == 5
+
+
+# Opening a folder
 
 
 def test_a_data_folder_is_opened_as_it_was_written(prepared):
@@ -272,67 +371,6 @@ def test_a_data_folder_without_training_blocks_is_refused(prepared, tmp_path):
     write_sealed(folder, manifest)
     with pytest.raises(UserError, match="has no training blocks"):
         open_blocks(folder)
-
-
-# Overlap
-
-
-def count_overlap(train, validation, run):
-    """Count as measure_overlap does, by comparing tuples."""
-    runs = [tuple(train[i : i + run]) for i in range(len(train) - run + 1)]
-    held_out = [tuple(validation[i : i + run]) for i in range(len(validation) - run + 1)]
-    return {
-        "validation_runs": len(held_out),
-        "leaked_runs": sum(r in set(runs) for r in held_out),
-        "repeated_share": round(1 - len(set(runs)) / len(runs), 6) if runs else 0.0,
-    }
-
-
-@st.composite
-def token_streams(draw):
-    """Draw two streams over a small vocabulary, with parts of one planted in the other and in itself."""
-    ids = st.lists(st.integers(0, draw(st.sampled_from([1, 3, 60_000]))), max_size=60)
-    train, validation = draw(ids), draw(ids)
-    for _ in range(draw(st.integers(0, 3))):
-        a, length = draw(st.integers(0, 50)), draw(st.integers(1, 12))
-        source, target = draw(st.sampled_from([(train, validation), (train, train), (validation, validation)]))
-        place = draw(st.integers(0, len(target)))
-        target[place:place] = source[a : a + length]
-    return train, validation
-
-
-@settings(max_examples=150, deadline=None)
-@given(streams=token_streams(), run=st.integers(1, 6), chunk=st.sampled_from([1, 2, 7, 1 << 20]))
-def test_overlap_equals_a_brute_force_count(streams, run, chunk):
-    train, validation = (np.array(ids, np.uint16) for ids in streams)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "RUN_TOKENS", run)
-        found = measure_overlap(train, validation, chunk)
-    assert found == count_overlap(train.tolist(), validation.tolist(), run)
-
-
-def test_overlap_of_runs_of_32_tokens():
-    rng = np.random.default_rng(0)
-    train = rng.integers(0, 500, 4_000).astype(np.uint16)
-    validation = rng.integers(0, 500, 900).astype(np.uint16)
-    validation[100:140] = train[3_960:]  # the last 40: 9 runs of 32
-    validation[500:531] = train[:31]  # one token short of a run
-    train[2_000:2_040] = train[50:90]
-    found = measure_overlap(train, validation, chunk=100)
-    assert found == count_overlap(train.tolist(), validation.tolist(), 32)
-    assert (found["leaked_runs"], found["validation_runs"]) == (9, 869)
-    assert found["repeated_share"] == round(9 / 3_969, 6)
-
-
-@settings(max_examples=60, deadline=None)
-@given(ids=st.lists(st.integers(0, 2), max_size=80), run=st.integers(1, 5))
-def test_two_runs_have_one_hash_when_they_are_equal_and_only_then(ids, run):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "RUN_TOKENS", run)
-        hashes = hash_runs(np.array(ids, np.uint16)).tolist()
-    runs = [tuple(ids[i : i + run]) for i in range(len(ids) - run + 1)]
-    assert len(hashes) == len(runs)
-    assert len(set(zip(hashes, runs, strict=True))) == len(set(hashes)) == len(set(runs))
 
 
 # Batches

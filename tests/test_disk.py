@@ -18,7 +18,7 @@ from contextlib import contextmanager
 import pytest
 import safetensors.torch
 import transformers.modeling_utils
-from forked import Child, digest_files, digest_run, fresh, run_child, strays, undisturbed, workshop  # noqa: F401
+from forked import WRITTEN, Child, digest_files, digest_run, fresh, run_child, strays, undisturbed, workshop  # noqa: F401
 from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
@@ -177,7 +177,7 @@ def case(request, workshop, undisturbed, tmp_path):  # noqa: F811
 def begin_again(case):
     """Put the output folder of a case into the state before its first run."""
     if case.command[0] == "generate_text":
-        for name in ("samples.jsonl", "comparison.md"):
+        for name in WRITTEN:
             (case.out / name).unlink(missing_ok=True)
     else:
         fresh(case.out)

@@ -15,7 +15,7 @@ from utils.data import open_blocks
 from utils.generation import Decoding, generate_ids
 from utils.model import load_pair
 
-QUICK = ["--max-steps", 6, "--batch-size", 4, "--learning-rate", "1e-3", "--dtype", "fp32", "--sample-tokens", 0]
+QUICK = ["--max-steps", 6, "--batch-size", 4, "--learning-rate", "1e-3", "--dtype", "fp32", "--sample-tokens", 0, "--copy-samples", 0]
 
 
 @pytest.fixture
@@ -129,7 +129,7 @@ def test_logged_loss_is_the_mean_over_the_update(finetune, prepared, tiny_model)
 def test_keeps_the_best_model_and_stops_early(finetune, prepared):
     out = finetune(
         "run", "--epochs", 40, "--learning-rate", "1e-2", "--lr-schedule", "constant", "--early-stopping-patience", 2,
-        "--eval-every", 10, "--sample-tokens", 0, "--dtype", "fp32", "--keep-checkpoints", 1,
+        "--eval-every", 10, "--sample-tokens", 0, "--copy-samples", 0, "--dtype", "fp32", "--keep-checkpoints", 1,
     )  # fmt: skip
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     held_out = {row["step"]: row["eval/loss"] for row in rows if "eval/loss" in row and row["step"] > 0}

@@ -1,12 +1,17 @@
 """Batches, seeds, and the comparison as a command."""
 
+import hashlib
 import json
+import shutil
 
 import pytest
 import torch
 
+from utils import style
+from utils.files import read_json
 from utils.generation import Decoding, SeededSampling, encode_prompt, generate_ids
 from utils.model import autocast, load_pair
+from utils.report import quote
 
 
 def fp32():
@@ -83,16 +88,24 @@ def test_top_k_one_is_greedy(pair, prompts):
 def finetuned(tmp_path_factory, prepared, script_once):
     """A fine-tuned folder of a few steps."""
     out = tmp_path_factory.mktemp("run") / "out"
-    flags = ["--max-steps", 6, "--learning-rate", "1e-2", "--sample-tokens", 0, "--dtype", "fp32"]
+    flags = ["--max-steps", 6, "--learning-rate", "1e-2", "--sample-tokens", 0, "--copy-samples", 0, "--dtype", "fp32"]
     script_once("finetune_generative", "--data-dir", prepared, "--output-dir", out, *flags)
     return out
 
 
+# Not measured: further rounds of samples would be drawn, until they are long enough.
+QUICK = ["--num-openings", 2, "--no-measure"]
+
+
+def read_samples(folder):
+    return [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+
+
 def test_samples_are_paired_and_complete(finetuned, script):
-    flags = ["--max-new-tokens", 6, "--num-samples", 3, "--seed", 7]
+    flags = ["--max-new-tokens", 6, "--num-samples", 3, "--seed", 7, *QUICK]
     ran = script("generate_text", "--finetuned-model", finetuned, *flags)
     assert ran.code == 0, ran.err
-    rows = [json.loads(line) for line in (finetuned / "samples.jsonl").read_text().splitlines()]
+    rows = read_samples(finetuned)
     keys = {"prompt", "model", "sample_index", "seed", "prompt_ids", "generated_ids", "text"}
     assert all(set(row) == keys for row in rows)
     assert len(rows) == 2 * 3 * 5  # models x samples x (three prompts and two openings)
@@ -102,52 +115,82 @@ def test_samples_are_paired_and_complete(finetuned, script):
     }
     assert luck["base"] == luck["finetuned"]
     assert len({seed for _, _, seed in luck["base"]}) == 15
-    page = (finetuned / "comparison.md").read_text()
-    assert page.count("the author really wrote") == 2
+    page = (finetuned / "report.md").read_text()
+    assert page.count("**the author really wrote**") == 2
+    assert page.count("**base model**") == page.count("**fine-tuned model**") == 15
     assert "| max_new_tokens | 6 |" in page
-    first = (finetuned / "samples.jsonl").read_text()
+    first = (finetuned / "samples.jsonl").read_bytes()
+    report = read_json(finetuned / "report.json")
+    assert report["n_samples"] == 30
+    assert report["settings"]["samples_sha256"] == hashlib.sha256(first).hexdigest()
     script("generate_text", "--finetuned-model", finetuned, *flags, "--batch-size", 2)
-    assert (finetuned / "samples.jsonl").read_text() == first
+    assert (finetuned / "samples.jsonl").read_bytes() == first
+
+
+def test_rounds_are_drawn_until_there_is_enough_to_measure(finetuned, script, monkeypatch):
+    monkeypatch.setattr(style, "MIN_WORDS", 60)
+    ran = script("generate_text", "--finetuned-model", finetuned, "--max-new-tokens", 6, "--num-openings", 2)
+    assert ran.code == 0, ran.err
+    rows, n_words = read_samples(finetuned), {}
+    for row in rows:
+        key = row["model"], row["sample_index"]
+        n_words[key] = n_words.get(key, 0) + len(style.split_words(row["text"]))
+    rounds = 1 + max(index for _, index in n_words)
+    assert len(rows) == 2 * rounds * 5
+    assert len({row["seed"] for row in rows}) == rounds * 5
+    written = {name: [n_words[name, index] for index in range(rounds)] for name in ("base", "finetuned")}
+    assert min(sum(words[:-1]) for words in written.values()) < 60 <= min(map(sum, written.values()))
+    assert rounds > 1
+    counted = read_json(finetuned / "report.json")["counts"]["words"]
+    assert all(counted[name] >= 60 for name in written)
 
 
 def test_prompts_from_flags_and_file(finetuned, script, tmp_path):
     (tmp_path / "prompts.txt").write_text("Day 1.\n\nJory went\n")
     twice = ["--prompt", "Ada ", "--prompt", "Ada "]  # asked once
     ran = script("generate_text", "--finetuned-model", finetuned, *twice, "--prompts-file", tmp_path / "prompts.txt",
-                 "--max-new-tokens", 4)  # fmt: skip
+                 "--max-new-tokens", 4, *QUICK)  # fmt: skip
     assert ran.code == 0
     assert "prompt 'Ada ' ends in a space" in ran.err
-    rows = [json.loads(line) for line in (finetuned / "samples.jsonl").read_text().splitlines()]
-    assert [row["prompt"] for row in rows if row["model"] == "base"] == ["Ada ", "Day 1.", "Jory went"]
+    texts = read_json(finetuned / "report.json")["texts"]
+    asked = [row["prompt"] for row in read_samples(finetuned) if row["model"] == "base"]
+    assert asked == [row["prompt"] for row in texts]
+    assert asked[:3] == ["Ada ", "Day 1.", "Jory went"]
+    assert [row["is_opening"] for row in texts] == [False] * 3 + [True] * 2
 
 
 def test_authors_continuation_is_the_books(finetuned, script, book):
-    script("generate_text", "--finetuned-model", finetuned, "--max-new-tokens", 6)
-    rows = [json.loads(line) for line in (finetuned / "samples.jsonl").read_text().splitlines()]
-    page = (finetuned / "comparison.md").read_text()
-    openings = [row["prompt"] for row in rows if row["model"] == "base"][3:]
-    text = book.read_text()
+    assert script("generate_text", "--finetuned-model", finetuned, "--max-new-tokens", 6, *QUICK).code == 0
+    openings = [row for row in read_json(finetuned / "report.json")["texts"] if row["is_opening"]]
+    text, page = book.read_text(), (finetuned / "report.md").read_text()
     assert len(openings) == 2
     for opening in openings:
-        after = text[text.index(opening) + len(opening) :]
-        author = page.split("**the author really wrote**")[1 + openings.index(opening)].split("##")[0]
-        written = author.replace(">", "").replace("\\", "").split()
-        assert written == after.split()[: len(written)] or " ".join(written) in " ".join(after.split())[:80]
+        [pieces] = opening["columns"]["heldout"]
+        written = "".join(piece["text"] for piece in pieces)
+        assert opening["prompt"] + written in text
+        assert written.strip()
+        assert f"**the author really wrote**\n\n{quote(written)}\n" in page
 
 
 def test_without_held_out_text_the_samples_still_come(finetuned, script, tmp_path, tiny_model):
-    import shutil
-
     alone = tmp_path / "alone"
-    shutil.copytree(finetuned, alone, ignore=shutil.ignore_patterns("run_config.json"))
+    kept = shutil.ignore_patterns("run_config.json", "README.md", "report.*", "quiz.html", "samples.jsonl")
+    shutil.copytree(finetuned, alone, ignore=kept)
     ran = script("generate_text", "--finetuned-model", alone, "--base-model", tiny_model, "--max-new-tokens", 4)
     assert ran.code == 0, ran.err
-    assert "samples only" in ran.err
-    assert "held-out loss" not in ran.out
+    assert "not measured: style and copying: there is no prepared data; give --data-dir" in ran.out
+    assert "held-out pages" not in ran.out
+    assert len(read_samples(alone)) == 2 * 3
+    made = {"samples.jsonl", "report.json", "report.html", "report.md"}
+    assert {path.name for path in alone.iterdir()} - {path.name for path in finetuned.iterdir()} <= made
+    assert made <= {path.name for path in alone.iterdir()}
+    assert not (alone / "README.md").exists(), "a model card is written only where finetune_generative.py has been"
 
 
 def test_narrow_terminal_puts_texts_below_each_other(finetuned, script, monkeypatch):
     monkeypatch.setenv("COLUMNS", "40")
-    ran = script("generate_text", "--finetuned-model", finetuned, "--max-new-tokens", 4)
+    ran = script("generate_text", "--finetuned-model", finetuned, "--max-new-tokens", 4, *QUICK)
     assert "[fine-tuned model]" in ran.out
-    assert max(map(len, ran.out.split("=====\n", 1)[1].split("written:")[0].splitlines())) <= 40
+    shown = ran.out.split("=====\n", 1)[1].split("\nworth opening: ")
+    assert len(shown) == 2
+    assert max(map(len, shown[0].splitlines())) <= 40

@@ -297,7 +297,7 @@ def test_a_failure_halfway_leaves_the_folder_as_it_was(prepare, tmp_path, monkey
         assert prepare().code == 0
     before = snapshot(tmp_path)
 
-    monkeypatch.setattr("utils.data.measure_overlap", lambda *_: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr("utils.copying.measure_overlap", lambda *_: signal.raise_signal(signal.SIGINT))
     assert prepare("--seed", 7, "--overwrite").code == 130
     assert snapshot(tmp_path) == before
     assert [p.name for p in tmp_path.iterdir()] == (["blocks"] if had_one_before else [])

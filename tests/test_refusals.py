@@ -101,7 +101,7 @@ def four_steps(tmp_path_factory, prepared):
 
 
 def train_flags(data):
-    return ["--data-dir", data, "--max-steps", 4, "--batch-size", 2, "--sample-tokens", 0, "--dtype", "fp32",
+    return ["--data-dir", data, "--max-steps", 4, "--batch-size", 2, "--sample-tokens", 0, "--copy-samples", 0, "--dtype", "fp32",
             "--eval-every", 4]  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from utils import copying, style
+from utils.data import pick_evenly
 from utils.evaluation import (
     PREFIX_TOKENS,
     cut_blocks,
@@ -29,10 +30,11 @@ from utils.report import judge, render_page
 MODELS = ("base", "finetuned")
 STRETCHES = 200  # of training and of held-out text, as long as a sample, are compared with the samples
 MIN_TEXTS = 10  # a classifier needs of each kind
+BOOK_TOKENS = 2_000_000  # of a larger training text, stretches of so many tokens in all show its words
 MIN_BLOCKS = 5
 EXTRACTIONS = 50
 SHOWN_RUN = 8  # tokens: the shortest copied run that the page marks
-SHOWN_PROMPTS, SHOWN_SAMPLES, CURVE_POINTS = 60, 3, 300
+SHOWN_PROMPTS, SHOWN_SAMPLES, CURVE_POINTS = 24, 3, 300
 QUESTIONS = 10
 
 
@@ -82,8 +84,7 @@ def extract(models: dict, tokenizer, data, limit: int, batch_size: int, autocast
         result[name] = {}
         for split, blocks in (("train", data.train), ("heldout", data.validation)):
             # Beginnings of blocks: a model that learned by heart saw these tokens at these very positions.
-            chosen = [i * len(blocks) // EXTRACTIONS for i in range(EXTRACTIONS)] if len(blocks) > EXTRACTIONS else None
-            rows = blocks[chosen or list(range(len(blocks)))]["input_ids"][:, :length].tolist()
+            rows = blocks[pick_evenly(range(len(blocks)), EXTRACTIONS)]["input_ids"][:, :length].tolist()
             result[name][split] = measure_extraction(model, tokenizer.eos_token_id, rows, batch_size, autocast)
     return result
 
@@ -113,7 +114,8 @@ def compare_texts(samples: list[dict], data, tokenizer, control: str, args, miss
         "repetition": {name: copying.measure_repetition([row.tolist() for row in rows]) for name, rows in ids.items()},
         "lengths": {name: style.measure_lengths("\n".join(texts[name])) for name in texts},
     }
-    book = tokenizer.decode(train)
+    is_book = len(train) <= BOOK_TOKENS
+    book = tokenizer.decode(train if is_book else np.concatenate(data.stretches("train", 1000, BOOK_TOKENS // 1000)))
     part["lengths"]["book"] = style.measure_lengths(book)
     part["counts"] = {
         "texts": {name: len(rows) for name, rows in texts.items()},
@@ -138,8 +140,9 @@ def compare_style(texts, book, data, tokenizer, control, args, n_words, missing)
     if min(len(stretches), *map(len, texts.values())) < MIN_TEXTS:
         missing.append(f"AUC needs {MIN_TEXTS} texts of each kind; give a smaller --max-new-tokens")
     else:
+        fewest = min(map(len, texts.values()))  # a classifier that sees more texts tells them apart more easily
         for name, rows in texts.items():
-            measured[name]["auc"] = style.measure_auc(stretches, rows, args.seed)
+            measured[name]["auc"] = style.measure_auc(stretches, pick_evenly(rows, fewest), args.seed)
     part = {"words": style.tabulate_words(yardstick, words), "words_compared": least, "intervals": {}}
     for measure in measured["base"]:
         part[measure] = {name: figures[measure]["value"] for name, figures in measured.items()}
@@ -163,11 +166,8 @@ def measure_way(part: dict) -> float | None:
 
 def describe_longest(texts: list[np.ndarray], data, tokenizer) -> dict:
     """Return the longest run shared with training: its tokens, its text, its place in the book."""
-    tokens, number, start, place = copying.find_longest(texts, data.ids("train"))
-    if not tokens:
-        return {"tokens": 0, "text": ""}
-    text = tokenizer.decode(texts[number][start : start + tokens])
-    return {"tokens": tokens, "text": text, **data.locate(place, tokenizer)}
+    tokens, _, _, place = copying.find_longest(texts, data.ids("train"))
+    return data.locate(place, tokens, tokenizer) if tokens else {"tokens": 0, "text": ""}
 
 
 def lay_out(prompts: list[dict], samples: list[dict], data, tokenizer) -> dict:
@@ -185,7 +185,7 @@ def lay_out(prompts: list[dict], samples: list[dict], data, tokenizer) -> dict:
         for start, end, place in copying.trace_runs(ids, train, SHOWN_RUN) if data else []:
             pieces.append({"text": tokenizer.decode(ids[done:start]), "place": None})
             number = places.setdefault((place, end - start), len(places))
-            pieces.append({"text": tokenizer.decode(ids[start:end]), "place": number})
+            pieces.append({"text": tokenizer.decode(ids[max(start, done) : end]), "place": number})
             done = end
         return [piece for piece in [*pieces, {"text": tokenizer.decode(ids[done:]), "place": None}] if piece["text"]]
 
@@ -198,12 +198,7 @@ def lay_out(prompts: list[dict], samples: list[dict], data, tokenizer) -> dict:
         if prompt["next_ids"]:
             columns["heldout"] = [cut(prompt["next_ids"])]
         rows.append({"prompt": prompt["prompt"], "is_opening": bool(prompt["next_ids"]), "columns": columns})
-    described = [
-        {"tokens": tokens, **data.locate(place, tokenizer), "text": tokenizer.decode(train[place : place + tokens]),
-         "before": tokenizer.decode(train[max(0, place - 25) : place]),
-         "after": tokenizer.decode(train[place + tokens : place + tokens + 25])}
-        for place, tokens in places
-    ]  # fmt: skip
+    described = [data.locate(place, tokens, tokenizer) for place, tokens in places]
     return {"texts": rows, "places": described}
 
 

@@ -116,21 +116,21 @@ def find_longest(texts: list[np.ndarray], train: np.ndarray) -> tuple[int, int, 
 
 
 def trace_runs(text: np.ndarray, train: np.ndarray, length: int) -> list[tuple[int, int, int]]:
-    """Cut what a text copies into stretches that each have one place in training.
+    """List the runs of at least `length` tokens that cover all that a text copies.
 
     Returns:
-        (start, end, place) of each: text[start:end] equals train[place:place + end - start].
+        (start, end, place) of each, in order, where text[start:end] equals train[place:place + end - start]. Two may
+        overlap: a text can go on from one place of the book to another.
     """
-    stretches, done = [], 0
+    runs, covered = [], 0
     for start in np.flatnonzero((places := find_runs([text], train, length)[0]) != NOT_FOUND).tolist():
         place, end = int(places[start]), start + length
         while end < len(text) and place + end - start < len(train) and text[end] == train[place + end - start]:
             end += 1
-        if end > done:
-            begin = max(start, done)
-            stretches.append((begin, end, place + begin - start))
-            done = end
-    return stretches
+        if end > covered:
+            runs.append((start, end, place))
+            covered = end
+    return runs
 
 
 class RunIndex:

@@ -5,6 +5,8 @@ Owns the folder that prepare_data.py writes. Text is utils/book.py's, tokens are
 
 import functools
 import hashlib
+import itertools
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +18,7 @@ from utils.cli import UserError
 from utils.files import MANIFEST, read_sealed, verify_folder
 
 FORMAT = 1
+AROUND = 25  # tokens shown before and after a run of the book
 
 
 def save_blocks(tokens: dict[str, np.ndarray], block_size: int, folder: Path) -> None:
@@ -96,7 +99,7 @@ class Blocks:
         Args:
             tokenizer: tells where lines end.
             count: how many, spread over the places with enough text after them. Where paragraphs are too few,
-                lines begin an opening, and where those are, any token.
+                lines begin an opening, then sentences, then any token.
             prompt_tokens, next_tokens: tokens of each.
         Returns:
             (prompt ids, next ids) pairs.
@@ -104,16 +107,15 @@ class Blocks:
         ids, needed = self.ids("validation"), prompt_tokens + next_tokens
         unique, inverse = np.unique(ids, return_inverse=True)
         texts = tokenizer.batch_decode(unique[:, None].tolist())
-        ends_line = np.array([text.endswith("\n") for text in texts], bool)[inverse]
-        ends_two = np.array([text.endswith("\n\n") for text in texts], bool)[inverse]
-        ends_two[1:] |= ends_line[1:] & ends_line[:-1]
+        line, empty, stop, space = (
+            np.array([bool(re.search(pattern, text)) for text in texts], bool)[inverse]
+            for pattern in (r"\n$", r"\n\n$", r"[.!?][\"'\u201d\u2019)]*$", r"^ ")
+        )
+        empty[1:] |= line[1:] & line[:-1]
+        begins = [before[:-1] & follows[1:] for before, follows in ((empty, ~line), (line, ~line), (stop, space))]
         inside = [range(a, b - needed + 1) for a, b, _ in self.spans("validation")]
-        first = {places[0] for places in inside if places}
-        for before in (ends_two, ends_line, None):
-            starts = [
-                i for places in inside for i in places
-                if before is None or i in first or (before[i - 1] and not ends_line[i])
-            ]  # fmt: skip
+        for begin in (*begins, None):
+            starts = [i for places in inside for i in places if begin is None or i == places[0] or begin[i - 1]]
             if len(starts) >= count:
                 break
         return [
@@ -121,19 +123,24 @@ class Blocks:
             for i in pick_evenly(starts, count)
         ]
 
-    def locate(self, position: int, tokenizer) -> dict[str, Any]:
-        """Say where in its book a training token stands.
+    def locate(self, position: int, length: int, tokenizer) -> dict[str, Any]:
+        """Say where in its book a run of training tokens stands.
 
         Args:
-            position: of the token in ids("train").
-            tokenizer: tells how many characters stand before it in its passage.
+            position: of its first token in ids("train").
+            length: tokens.
+            tokenizer: turns them into text, and tells how many characters stand before them in their passage.
         Returns:
-            book (file name), char (from 0) and share (of the book, 0 to 1).
+            tokens (length), book (file name), char (from 0), share (of the book, 0 to 1), text, and the words of the
+            passage before and after.
         """
-        start, _, span = [entry for entry in self.spans("train") if entry[0] <= position][-1]
-        book = self.manifest["books"][span["book"]]
-        char = span["chars"][0] + len(tokenizer.decode(self.ids("train")[start:position]))
-        return {"book": book["name"], "char": char, "share": char / book["chars"]}
+        start, end, span = [entry for entry in self.spans("train") if entry[0] <= position][-1]
+        book, ids = self.manifest["books"][span["book"]], self.ids("train")
+        char = span["chars"][0] + len(tokenizer.decode(ids[start:position]))
+        cuts = [max(start, position - AROUND), position, position + length, min(end, position + length + AROUND)]
+        texts = [tokenizer.decode(ids[a:b]) for a, b in itertools.pairwise(cuts)]
+        return {"tokens": length, "book": book["name"], "char": char, "share": char / book["chars"],
+                **dict(zip(("before", "text", "after"), texts, strict=True))}  # fmt: skip
 
 
 def pick_evenly(values: list, count: int) -> list:

@@ -40,7 +40,7 @@ def judge(report: dict) -> tuple[list[str], dict[str, bool | None]]:
         percent = report["forgetting_percent"]
         flags["forgot"] = percent >= FORGETS
         amount = "much" if percent >= FORGETS else "little" if percent >= FORGETS_A_LITTLE else "nothing"
-        change = f"{abs(percent):.1f} % {'more' if percent >= 0 else 'fewer'} bits than before"
+        change = f"{abs(percent):.1f}% {'more' if percent >= 0 else 'fewer'} bits than before"
         sentences.append(f"It forgot {amount}: general text costs {change}.")
     loops = report.get("repetition", {}).get("finetuned", {}).get("loops") or 0
     if loops >= LOOPS:

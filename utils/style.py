@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-WORD = re.compile(r"[^\W\d_]+(?:['\u2019][^\W\d_]+)*")
+WORD = re.compile(r"(?<!\w)[^\W\d_]+(?:['\u2019][^\W\d_]+)*")
 SENTENCE_END = re.compile(r"[.!?\u2026]+(?=[\"'\u201d\u2019)\]]*(?:\s|$))")
 PARAGRAPH_END = re.compile(r"\n[^\S\n]*\n")
 # Below about so many words, the rates of even the commonest words are mostly chance.
@@ -21,7 +21,7 @@ ROUNDS, SELECTIONS = 2000, 200
 
 
 def split_words(text: str) -> list[str]:
-    """Return the words of a text in lower case; a name like O'Neill is one."""
+    """Return the words of a text in lower case; O'Neill is one, the end of 14th is none."""
     return [word.lower().replace("\u2019", "'") for word in WORD.findall(text)]
 
 
