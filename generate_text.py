@@ -186,7 +186,7 @@ def draw_samples(args, models, tokenizer, prompts, guard, context):
     return sorted(samples, key=lambda row: (row["model"], order[row["prompt"]], row["sample_index"]))
 
 
-def measure(args, models, tokenizer, data, samples, prompts, missing, context):
+def measure(args, models, tokenizer, data, control, samples, prompts, missing, context):
     """Return all figures of the report."""
     from tqdm import tqdm
 
@@ -195,9 +195,8 @@ def measure(args, models, tokenizer, data, samples, prompts, missing, context):
     report = comparison.lay_out(prompts, samples, data, tokenizer)
     report |= {"scores": {}, "shown_run": comparison.SHOWN_RUN, "n_samples": len(samples), "training": {}, "quiz": []}
     if not args.measure:
-        missing.append("anything; --no-measure was given")
+        missing.append("everything (--no-measure)")
         return report
-    control = read_control(args, missing)
     with tqdm(unit="block", desc="scoring", delay=2, leave=False) as bar:
         report |= comparison.score_models(models, tokenizer, data, control, args, context, missing, bar.update)
     if data:
@@ -245,7 +244,7 @@ def compare(args, base_name, base_dir, tuned_dir, data_dir):
     if args.top_k > sizes["base"]:
         raise UserError(f"--top-k must be 0 to {sizes['base']}, not {args.top_k}")
     models, tokenizer = {name: model for name, (model, _) in pairs.items()}, pairs["finetuned"][1]
-    data = open_held_out(data_dir, tokenizer, missing)
+    data, control = open_held_out(data_dir, tokenizer, missing), read_control(args, missing) if args.measure else ""
     if args.max_copy and not data:
         raise UserError("--max-copy needs the training text; give --data-dir")
     guard = CopyGuard(RunIndex(data.ids("train"), args.max_copy), tokenizer.eos_token_id) if args.max_copy else None
@@ -259,10 +258,11 @@ def compare(args, base_name, base_dir, tuned_dir, data_dir):
 
     settings = describe_settings(args, base_name, folders, data, dtype)
     samples = draw_samples(args, models, tokenizer, prompts, guard, context)
-    report = measure(args, models, tokenizer, data, samples, prompts, missing, context)
+    report = measure(args, models, tokenizer, data, control, samples, prompts, missing, context)
     report |= {"missing": missing, "settings": settings, "books": data.manifest["books"] if data else []}
     if guard:
-        report["max_copy"] = {"tokens": args.max_copy, "acted": guard.acted}
+        generated = sum(len(sample["generated_ids"]) for sample in samples)
+        report["max_copy"] = {"tokens": args.max_copy, "acted": guard.acted, "generated": generated}
     report = write_report(tuned_dir, samples, report)
     print_table("comparison", [entry for entry in settings.items() if not entry[0].endswith("_sha256")])
     print(render_terminal(report))

@@ -215,7 +215,9 @@ def test_no_copied_run_is_longer_than_max_copy(large, script):
     assert brute_share([row["generated_ids"] for row in rows], train, 6) == 0
     assert report["longest_copy"]["finetuned"]["tokens"] <= 5
     assert report["max_copy"]["tokens"] == 5
-    assert 0 < report["max_copy"]["acted"] <= sum(len(row["generated_ids"]) for row in rows)
+    generated = sum(len(row["generated_ids"]) for row in rows)
+    assert 0 < report["max_copy"]["acted"] <= report["max_copy"]["generated"] == generated
+    assert f"--max-copy 5 forbade something before {report['max_copy']['acted']:,} of" in report["verdict"][-1]
 
 
 def test_a_small_book_gets_the_report_that_is_possible(prepared, tiny_model, script, tmp_path):

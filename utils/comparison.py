@@ -108,10 +108,14 @@ def compare_texts(samples: list[dict], data, tokenizer, control: str, args, miss
         sources["heldout"] = [held_out[a:b] for a, b, _ in data.spans("validation")]
         ids["heldout"] = data.stretches("validation", args.max_new_tokens, STRETCHES)
         texts["heldout"] = tokenizer.batch_decode(ids["heldout"])
+    fewest = min(map(len, ids.values()))  # the more text, the fewer new words in it: equal amounts are compared
     part = {
         "copy_rate": {name: copying.measure_copying(source, train) for name, source in sources.items()},
         "longest_copy": {name: describe_longest(source, data, tokenizer) for name, source in sources.items()},
-        "repetition": {name: copying.measure_repetition([row.tolist() for row in rows]) for name, rows in ids.items()},
+        "repetition": {
+            name: copying.measure_repetition([row.tolist() for row in pick_evenly(rows, fewest)])
+            for name, rows in ids.items()
+        },
         "lengths": {name: style.measure_lengths("\n".join(texts[name])) for name in texts},
     }
     is_book = len(train) <= BOOK_TOKENS
@@ -264,7 +268,10 @@ def write_report(folder: Path, samples: list[dict], report: dict) -> dict:
     write_text(folder / "samples.jsonl", lines)
     write_json(folder / "report.json", report)
     pages = {"report.html": "report.html", "report.md": "report.md"}
-    pages |= {"quiz.html": "quiz.html"} if report["quiz"] else {}
+    if report["quiz"]:
+        pages["quiz.html"] = "quiz.html"
+    else:
+        (folder / "quiz.html").unlink(missing_ok=True)  # of another run: its snippets are not these models'
     pages |= {"card.md": "README.md"} if (folder / "run_config.json").is_file() else {}
     for template, name in pages.items():
         write_text(folder / name, render_page(template, report))

@@ -45,6 +45,10 @@ def judge(report: dict) -> tuple[list[str], dict[str, bool | None]]:
     loops = report.get("repetition", {}).get("finetuned", {}).get("loops") or 0
     if loops >= LOOPS:
         sentences.append(f"{loops:.0%} of its samples end in a loop; a higher --temperature helps.")
+    if "max_copy" in report:
+        limit = report["max_copy"]
+        sentences.append(f"--max-copy {limit['tokens']} forbade something before {limit['acted']:,} of the "
+                         f"{limit['generated']:,} tokens of both models.")  # fmt: skip
     return sentences, flags
 
 
