@@ -20,8 +20,10 @@ from pathlib import Path
 
 # Imported here, before any fork, so that no child pays for it.
 import datasets  # noqa: F401
+import jinja2  # noqa: F401
 import matplotlib.pyplot  # noqa: F401
 import pytest
+import scipy.stats  # noqa: F401
 import torch
 from conftest import make_book
 from safetensors.torch import load_file
@@ -117,6 +119,8 @@ class Workshop:
     def __init__(self, folder):
         self.folder, self.book, self.model, self.data = folder, folder / "book.txt", folder / "model", folder / "data"
         self.book.write_text(make_book(60), encoding="utf-8")
+        self.control = folder / "control.txt"  # general text is not the book's
+        self.control.write_text(make_book(4)[::-1], encoding="utf-8")
         tokenizer = train_tokenizer([make_book(60)], 300)
         torch.manual_seed(0)
         sizes = {"vocab_size": len(tokenizer), "n_positions": 48, "n_embd": 16, "n_layer": 1, "n_head": 1}
@@ -139,7 +143,8 @@ class Workshop:
     def generate(self, tuned, *flags):
         """One prompt and two openings, not measured; --num-openings 0 --measure measures without further rounds."""
         return "generate_text", ["--finetuned-model", tuned, "--prompt", "Day 1. Ada", "--max-new-tokens", 4,
-                                 "--num-openings", 2, "--no-measure", *flags]  # fmt: skip
+                                 "--num-openings", 2, "--no-measure", "--control-path", self.control,
+                                 *flags]  # fmt: skip
 
 
 WRITTEN = ("samples.jsonl", "report.json", "report.html", "report.md", "README.md")  # by generate_text.py, into a run

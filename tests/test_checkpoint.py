@@ -39,12 +39,13 @@ def reseal(folder):
 
 
 def test_a_checkpoint_is_a_folder_of_safetensors_and_json(tmp_path, parts):
-    folder = save(tmp_path, parts, 7, tokens=99, best_metrics={"eval/loss": 1.5})
+    best = {"eval/loss": 1.5, "eval/copy_rate": 0.25}
+    folder = save(tmp_path, parts, 7, tokens=99, best_metrics=best)
     assert folder == tmp_path / "checkpoint-7"
     assert sorted(path.name for path in folder.iterdir()) == FILES
     assert read_json(folder / MANIFEST)["format"] == checkpoint.FORMAT == 1
     assert sorted(read_json(folder / MANIFEST)["files"]) == sorted(set(FILES) - {MANIFEST})
-    assert checkpoint.read_state(folder) == TrainState(step=7, tokens=99, best_metrics={"eval/loss": 1.5})
+    assert checkpoint.read_state(folder) == TrainState(step=7, tokens=99, best_metrics=best)
     assert checkpoint.check_checkpoint(folder) is None
 
 

@@ -235,22 +235,28 @@ def test_stretches_are_the_books(three_books, tiny_model):
         assert all(any(text.strip("\ufffd") in passage for passage in passages) for text in found)
 
 
-def test_a_training_token_is_located_in_its_book(three_books, tiny_model):
+def test_a_run_of_training_tokens_is_located_in_its_book(three_books, tiny_model):
     """From the named character to the passage's end, the book has what the tokens from that place on decode to."""
     paths, folder = three_books
     blocks, tokenizer = open_blocks(folder), load_tokenizer(tiny_model)
     texts, ids, seen = [read_book(path)[0] for path in paths], blocks.ids("train"), set()
     for a, b, span in blocks.spans("train"):
-        text, is_whole = texts[span["book"]], b == span["tokens"][1]
-        for place in {a, b - 1, *range(a, b, 61)}:
+        book, (first, last), is_whole = texts[span["book"]], span["chars"], b == span["tokens"][1]
+        for place in {a, a + 1, b - 9, *range(a, b - 9, 61)}:
             rest = tokenizer.decode(ids[place:b])
             if rest.startswith("\ufffd"):  # in the middle of a character
                 continue
-            found = blocks.locate(place, tokenizer)
-            there = text[found["char"] : span["chars"][1]]
-            assert there == rest if is_whole else there.startswith(rest.rstrip("\ufffd"))
-            assert found["book"] == paths[span["book"]].name
-            assert found["share"] == found["char"] / len(text)
+            found = blocks.locate(place, 9, tokenizer)
+            char = found["char"]
+            assert book[char:last] == rest if is_whole else book[char:last].startswith(rest.rstrip("\ufffd"))
+            assert (found["tokens"], found["book"]) == (9, paths[span["book"]].name)
+            assert found["share"] == char / len(book)
+            assert found["text"] == tokenizer.decode(ids[place : place + 9])
+            assert book[first:char].endswith(found["before"].lstrip("\ufffd")), "from this passage"
+            assert (found["before"] == "") == (place == a)
+            assert (found["after"] == "") == (place + 9 == b)
+            if not found["text"].endswith("\ufffd"):
+                assert book[char:last].startswith((found["text"] + found["after"]).rstrip("\ufffd"))
             seen.add(found["book"])
     assert seen == {path.name for path in paths}
 
@@ -288,15 +294,28 @@ def starts_of(pairs):
     return [ids[0] for ids, _ in pairs]
 
 
-def test_paragraphs_begin_an_opening_then_lines_then_any_token():
+def test_paragraphs_begin_an_opening_then_lines_then_sentences_then_any_token():
     """Passages of 12 tokens, where an opening of 9 may begin at the first 4."""
     blocks = blocks_of_passages(5, 12)
-    said = {1: "\n", 2: "\n", 13: ".\n\n", 24: " \n", 37: "\n", 50: "\n", 51: "\n"}
-    assert starts_of(blocks.openings(Spelling(said), 7, 3, 6)) == [0, 3, 12, 14, 24, 36, 48]
-    assert starts_of(blocks.openings(Spelling(said), 9, 3, 6)) == [0, 3, 12, 14, 24, 25, 36, 38, 48]
+    paragraphs = {1: "\n", 2: "\n", 13: ".\n\n", 50: "\n", 51: "\n"}  # 52 is too late for an opening
+    lines = {24: " \n", 37: "\n"}
+    sentences = {25: '?"', 38: ".", 48: ".", 49: "dot", 39: "3.5"}  # 49 does not begin with a space
+    spelling = Spelling(paragraphs | lines | sentences)
+    assert starts_of(blocks.openings(spelling, 7, 3, 6)) == [0, 3, 12, 14, 24, 36, 48]
+    assert starts_of(blocks.openings(spelling, 8, 3, 6)) == [0, 3, 12, 14, 24, 25, 36, 38]
+    assert starts_of(blocks.openings(spelling, 9, 3, 6)) == [0, 3, 12, 14, 24, 25, 36, 38, 48]
+    assert starts_of(blocks.openings(spelling, 10, 3, 6)) == [0, 3, 12, 14, 24, 25, 26, 36, 38, 48]  # lines too
     anywhere = [12 * i + k for i in range(5) for k in range(4)]
-    assert starts_of(blocks.openings(Spelling(said), 10, 3, 6)) == anywhere[::2]
-    assert starts_of(blocks.openings(Spelling(said), 999, 3, 6)) == anywhere
+    assert starts_of(blocks.openings(spelling, 20, 3, 6)) == anywhere
+    assert starts_of(blocks.openings(spelling, 999, 3, 6)) == anywhere
+    assert starts_of(blocks.openings(Spelling({13: ".", 14: "word", 25: "!\u201d"}), 6, 3, 6)) == [
+        0,
+        12,
+        24,
+        26,
+        36,
+        48,
+    ]
 
 
 def test_no_opening_reaches_over_the_end_of_a_passage():

@@ -11,11 +11,15 @@ from safetensors.torch import load_file
 from test_evaluation import independent_loss
 
 import finetune_generative
+from utils.checkpoint import TrainState
 from utils.data import open_blocks
 from utils.generation import Decoding, generate_ids
 from utils.model import load_pair
 
-QUICK = ["--max-steps", 6, "--batch-size", 4, "--learning-rate", "1e-3", "--dtype", "fp32", "--sample-tokens", 0, "--copy-samples", 0]
+QUICK = ["--max-steps", 6, "--batch-size", 4, "--learning-rate", "1e-3", "--dtype", "fp32", "--copy-samples", 0,
+         "--sample-tokens", 0]  # fmt: skip
+
+SAMPLED = ["--max-new-tokens", 5, "--num-openings", 2, "--no-measure"]
 
 
 @pytest.fixture
@@ -143,6 +147,68 @@ def test_keeps_the_best_model_and_stops_early(finetune, prepared):
     assert [path.name for path in out.glob("checkpoint-*")] == [f"checkpoint-{max(held_out)}"]
 
 
+COPYING = ["--max-steps", 60, "--eval-every", 10, "--learning-rate", "1e-2", "--dtype", "fp32", "--sample-tokens", 0,
+           "--copy-samples", 4, "--save-every", 60]  # fmt: skip
+
+
+def evaluations(out):
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return {row["step"]: row for row in rows if "eval/loss" in row}
+
+
+def test_copying_is_measured_at_each_evaluation(finetune):
+    out = finetune("run", *COPYING, "--max-copy-rate", 1)
+    rates = {step: row["eval/copy_rate"] for step, row in evaluations(out).items()}
+    assert list(rates) == [0, 10, 20, 30, 40, 50, 60]
+    assert 0 <= rates[0] < rates[60] <= 1
+    results = json.loads((out / "all_results.json").read_text())
+    assert (results["base_copy_rate"], results["copy_rate"]) == (rates[0], rates[results["best_step"]])
+    off = finetune("off", *COPYING, "--copy-samples", 0)
+    assert not [row for row in evaluations(off).values() if "eval/copy_rate" in row]
+    assert not {"copy_rate", "base_copy_rate"} & json.loads((off / "all_results.json").read_text()).keys()
+    assert_same(out / "checkpoint-60", off / "checkpoint-60")
+
+
+def test_a_model_that_copies_is_not_the_best(finetune, prepared):
+    """The best is the one with the least loss among those that copy no more than --max-copy-rate."""
+    free = finetune("free", *COPYING, "--max-copy-rate", 1)
+    rows = {step: row for step, row in evaluations(free).items() if step}
+    least = min(rows, key=lambda step: rows[step]["eval/loss"])
+    assert json.loads((free / "all_results.json").read_text())["best_step"] == least
+    limit = rows[least]["eval/copy_rate"] - 1e-6
+    allowed = {step: row["eval/loss"] for step, row in rows.items() if row["eval/copy_rate"] <= limit}
+    assert allowed, "the case tries something"
+    kept = finetune("kept", *COPYING, "--max-copy-rate", limit)
+    best = min(allowed, key=allowed.get)
+    assert json.loads((kept / "all_results.json").read_text())["best_step"] == best != least
+    held_out = open_blocks(prepared).validation[:]["input_ids"]
+    assert independent_loss(load_pair(kept)[0], held_out) == pytest.approx(allowed[best], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("figures", "best"),
+    [
+        ([(3, 0.1), (2, 0.1), (1, 0.21)], [1, 2]),
+        ([(3, 0.1), (2, 0.1), (1, 0.2)], [1, 2, 3]),  # at the limit is not above it
+        ([(3, 0.1), (2, 0.3), (2.5, 0.2)], [1, 3]),
+        ([(2, 0.5), (3, 0.1), (1, 0.5)], [1, 2]),
+        ([(2, 0.5), (3, 0.6), (1, 0.9)], [1, 3]),  # all copy: the least loss
+        ([(3, None), (2, None), (2, None)], [1, 2]),
+    ],
+)
+def test_copying_counts_before_the_loss(figures, best):
+    state, chosen = TrainState(), []
+    base = {"eval/loss": 0.5, "eval/copy_rate": 0.0}
+    assert not finetune_generative.is_better(base, state, 0.2), "the base model is no result"
+    for state.step, (loss, rate) in enumerate(figures, 1):
+        result = {"eval/loss": float(loss)} | ({} if rate is None else {"eval/copy_rate": rate})
+        if finetune_generative.is_better(result, state, 0.2):
+            chosen.append(state.step)
+            assert state.best_metrics == result
+    assert (chosen, state.best_step, state.base_metrics) == (best, best[-1], base)
+    assert state.evals_without_gain == len(figures) - best[-1]
+
+
 @pytest.fixture(scope="module")
 def periodic(tmp_path_factory, tiny_model, script_once):
     """The seed's case: one sentence again and again, prepared for a base with 128 positions."""
@@ -239,10 +305,11 @@ def test_from_scratch_with_a_tokenizer_of_its_own(finetune, script, book, tmp_pa
     prepared = script("prepare_data", "--input-path", book, "--train-tokenizer", 300, "--block-size", 32,
                       "--output-dir", data_dir)  # fmt: skip
     assert prepared.code == 0, prepared.err
-    out = finetune("run", "--from-scratch", config, "--max-steps", 12, "--learning-rate", "1e-2", data=data_dir)
+    flags = ["--max-steps", 12, "--learning-rate", "1e-2", "--copy-samples", 2]
+    out = finetune("run", "--from-scratch", config, *flags, data=data_dir)
     results = json.loads((out / "all_results.json").read_text())
     assert results["eval_loss"] < results["base_eval_loss"] - 0.3
-    compared = script("generate_text", "--finetuned-model", out, "--max-new-tokens", 5)
+    compared = script("generate_text", "--finetuned-model", out, *SAMPLED)
     assert compared.code == 0, compared.err
     assert "untrained_model" in compared.out
 
@@ -260,4 +327,4 @@ def test_small_llama_goes_through(finetune, script, tmp_path, tiny_model, book):
                       "--output-dir", tmp_path / "blocks")  # fmt: skip
     assert prepared.code == 0, prepared.err
     out = finetune("run", *QUICK, "--dropout", "0.1", data=tmp_path / "blocks")
-    assert script("generate_text", "--finetuned-model", out, "--max-new-tokens", 5).code == 0
+    assert script("generate_text", "--finetuned-model", out, *SAMPLED).code == 0

@@ -35,7 +35,7 @@ from utils.data import open_blocks
 from utils.files import MANIFEST, describe_files, write_sealed
 from utils.generation import Decoding, generate_ids
 from utils.model import check_fit, load_pair
-from utils.tokens import encode_text
+from utils.tokens import encode_text, load_tokenizer
 
 ROOT = Path(__file__).parents[1]
 BATCH = 10  # examples that share a forked child; when one of them fails, each gets a child of its own
@@ -307,12 +307,14 @@ def test_prepared_folders(workshop, tmp_path, amount):  # noqa: F811
     """Damaged blocks are refused; an attacker's, with checksums that agree, are too, or are as the manifest says."""
     model = SimpleNamespace(config=SimpleNamespace(to_dict=lambda: {"n_positions": 48}),
                             get_input_embeddings=lambda: torch.nn.Embedding(300, 1))  # fmt: skip
+    tokenizer = load_tokenizer(workshop.model)
 
     def use(folder):
         """Touch what the scripts touch of a prepared folder."""
         data = open_blocks(folder)
         check_fit(model, data)
-        data.bytes_per_token, data.openings(2, 4, 4), data.manifest["tokenizer"]["sha256"] + ""
+        data.bytes_per_token, data.manifest["tokenizer"]["sha256"] + ""
+        data.openings(tokenizer, 2, 4, 4), data.stretches("train", 4, 9)
         splits = {"train": data.train, "validation": data.validation}
         ids = {name: split[list(range(len(split)))]["input_ids"] for name, split in splits.items() if len(split)}
         shapes = {name: list(rows.shape) for name, rows in ids.items()}

@@ -127,9 +127,11 @@ def test_samples_are_paired_and_complete(finetuned, script):
     assert (finetuned / "samples.jsonl").read_bytes() == first
 
 
-def test_rounds_are_drawn_until_there_is_enough_to_measure(finetuned, script, monkeypatch):
+def test_rounds_are_drawn_until_there_is_enough_to_measure(finetuned, script, tmp_path, monkeypatch):
     monkeypatch.setattr(style, "MIN_WORDS", 60)
-    ran = script("generate_text", "--finetuned-model", finetuned, "--max-new-tokens", 6, "--num-openings", 2)
+    (tmp_path / "control.txt").write_text("General text is another's. " * 60)
+    flags = ["--max-new-tokens", 6, "--num-openings", 2, "--control-path", tmp_path / "control.txt"]
+    ran = script("generate_text", "--finetuned-model", finetuned, *flags)
     assert ran.code == 0, ran.err
     rows, n_words = read_samples(finetuned), {}
     for row in rows:

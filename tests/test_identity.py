@@ -80,6 +80,7 @@ WATCHED = {
     "evaluated at each step": ["--eval-every", 1, "--eval-batch-size", 3],
     "evaluated at the end only": ["--eval-every", 100],
     "samples": ["--sample-tokens", 5, "--sample-prompt", "Ada"],
+    "copying measured": ["--copy-samples", 3, "--eval-every", 2],
     "logged seldom": ["--log-every", 5],
     "tensorboard": ["--report-to", "tensorboard"],
     "saved at each step": ["--save-every", 1, "--keep-checkpoints", 1],
@@ -96,10 +97,11 @@ def test_watching_changes_no_bit(workshop, undisturbed, tmp_path, way):  # noqa:
 @pytest.mark.parametrize("number", [1, 2, 3])
 def test_interrupted_evaluation_is_made_up_for(workshop, tmp_path, number):  # noqa: F811
     """A signal between two passes of the first, second or last evaluation."""
-    flags = ["--eval-batch-size", 1]
+    flags = ["--eval-batch-size", 1, "--copy-samples", 2]
     straight = workshop.folder / "straight-one-block-a-pass"
     if not straight.exists():
         ran(workshop.finetune(straight, *flags))
+    assert ["eval/copy_rate" in row for row in measured(straight) if "eval/loss" in row] == [True] * 3
 
     def prepare():
         score, calls = utils.evaluation.score_blocks, []
@@ -194,8 +196,8 @@ SHAPING = {
     "model_name": "{copied_model}", "from_scratch": "{config}", "dropout": "0.2", "epochs": 7, "max_steps": 7,
     "batch_size": 3, "grad_accum_steps": 2, "learning_rate": "2e-2", "lr_schedule": "linear", "warmup_ratio": "0.5",
     "weight_decay": "0.1", "adam_beta1": "0.8", "adam_beta2": "0.99", "adam_epsilon": "1e-7", "max_grad_norm": "0.5",
-    "seed": 7, "eval_every": 2, "eval_batch_size": 3, "early_stopping_patience": 3, "save_dtype": "bf16",
-    "dtype": "bf16", "deterministic": None,
+    "seed": 7, "eval_every": 2, "eval_batch_size": 3, "early_stopping_patience": 3, "copy_samples": 3,
+    "max_copy_rate": "0.5", "save_dtype": "bf16", "dtype": "bf16", "deterministic": None,
 }  # fmt: skip
 FREE = {
     "data_dir": "{copied_data}", "output_dir": "{moved}", "overwrite": None, "device": "cpu", "num_workers": 2,

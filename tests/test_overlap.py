@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from utils import copying
-from utils.copying import NOT_FOUND, find_runs, hash_runs, measure_overlap
+from utils.copying import hash_runs, measure_overlap
 
 
 def count_overlap(train, validation, run):
@@ -65,19 +65,3 @@ def test_two_runs_have_one_hash_when_they_are_equal_and_only_then(ids, run):
     runs = [tuple(ids[i : i + run]) for i in range(len(ids) - run + 1)]
     assert len(hashes) == len(runs)
     assert len(set(zip(hashes, runs, strict=True))) == len(set(hashes)) == len(set(runs))
-
-
-@settings(max_examples=150, deadline=None)
-@given(
-    streams=token_streams(), cut=st.integers(0, 60), run=st.integers(1, 6), chunk=st.sampled_from([1, 2, 7, 1 << 20])
-)
-def test_a_run_is_found_where_it_stands_first(streams, cut, run, chunk):
-    """Whatever the chunks, and never a run that reaches from one text into the next."""
-    train, validation = streams
-    texts, tuples = [validation[:cut], validation[cut:]], [tuple(train[i : i + run]) for i in range(len(train))]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(copying, "CHUNK", chunk)
-        found = find_runs([np.array(text, np.uint16) for text in texts], np.array(train, np.uint16), run)
-    for text, places in zip(texts, found, strict=True):
-        wanted = [tuple(text[i : i + run]) for i in range(len(text) - run + 1)]
-        assert places.tolist() == [tuples.index(r) if r in tuples else NOT_FOUND for r in wanted]

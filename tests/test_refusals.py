@@ -101,8 +101,8 @@ def four_steps(tmp_path_factory, prepared):
 
 
 def train_flags(data):
-    return ["--data-dir", data, "--max-steps", 4, "--batch-size", 2, "--sample-tokens", 0, "--copy-samples", 0, "--dtype", "fp32",
-            "--eval-every", 4]  # fmt: skip
+    return ["--data-dir", data, "--max-steps", 4, "--batch-size", 2, "--sample-tokens", 0, "--copy-samples", 0,
+            "--dtype", "fp32", "--eval-every", 4]  # fmt: skip
 
 
 def prepare_flags(model, output="out", block=32):
@@ -293,6 +293,14 @@ FLAGS = [
     ("F53", "--device gpu", ("--device: 'gpu' is unknown", "cpu", "cuda")),
     ("F55-fp16", "--dtype fp16", ("--dtype: invalid choice: 'fp16'", "fp32", "bf16")),
     ("F53-number", "--device cuda:x", "--device: 'cuda:x' is unknown"),
+    ("F-copies-negative", "--copy-samples -1", "--copy-samples must be 0 to 1000, not -1"),
+    ("F-copies-many", "--copy-samples 1001", "--copy-samples must be 0 to 1000, not 1001"),
+    ("F-copying-zero", "--max-copy-rate 0", "--max-copy-rate must be above 0 up to 1, not 0"),
+    ("F-copying-above", "--max-copy-rate 1.1", "--max-copy-rate must be above 0 up to 1, not 1.1"),
+    ("F-copying-nan", "--max-copy-rate nan", "--max-copy-rate must be above 0 up to 1, not nan"),
+    ("G-openings", "--num-openings 1001", "--num-openings must be 0 to 1000, not 1001"),
+    ("G-guard-zero", "--max-copy 0", "--max-copy must be 1 to 1023, not 0"),
+    ("G-guard-text", "--max-copy all", "--max-copy: 'all' is not a whole number"),
     ("G4-zero", "--max-new-tokens 0", "--max-new-tokens must be 1 to 1023, not 0"),
     ("G4-negative", "--max-new-tokens -1", "--max-new-tokens must be 1 to 1023, not -1"),
     ("G4-text", "--max-new-tokens x", "--max-new-tokens: 'x' is not a whole number"),
@@ -1126,6 +1134,19 @@ PROMPTS = [
 ]  # fmt: skip
 
 
+MEASURING = [
+    ("guard", ["--max-copy", 8], "--max-copy needs the training text; give --data-dir"),
+    ("control-missing", ["--control-path", "control.txt"], "control.txt: no such file"),
+    ("control-folder", ["--control-path", "model"], "model: is a directory, expected a text file"),
+]
+
+
+@pytest.mark.parametrize(("flags", "says"), [pytest.param(*row, id=name) for name, *row in MEASURING])
+def test_texts_to_measure_with(refuse, pair, flags, says):
+    """What a flag names must be there; nothing is written without it."""
+    refuse("generate_text", *GOOD_SAMPLE, *flags, says=says)
+
+
 @pytest.mark.parametrize(("flags", "says"), [pytest.param(*row, id=name) for name, *row in PROMPTS])
 def test_prompts(refuse, here, pair, flags, says):
     """A prompt that the model cannot take is refused with the count of its tokens."""
@@ -1191,9 +1212,12 @@ def test_damaged_data_in_generation(refuse, pair, data):
 
 
 def test_results_are_replaced_whole(write):
-    """Row G23: a second call leaves its own samples only, and no partial file."""
+    """Row G23: a second call leaves its own samples only, no quiz made of others, and no partial file."""
     write("--prompt", "The old house", "--num-samples", 3)
+    Path("tuned/quiz.html").write_text("snippets of those")
     samples = write("--prompt", "Ada")[1]
+    assert not Path("tuned/quiz.html").exists()
+    assert "The old house" not in Path("tuned/report.md").read_text() + Path("tuned/report.html").read_text()
     assert [sample["prompt"] for sample in samples] == ["Ada", "Ada"]
     assert not list(Path("tuned").glob(".*"))
 

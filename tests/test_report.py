@@ -52,7 +52,7 @@ def test_verdict_of_a_healthy_run():
         ({"way": -0.3}, "writes_like_the_book", False, "its samples went 0% of the way"),
         ({"gain": (-0.01, 0.3)}, "writes_like_the_book", False, "does not write like the book"),
         ({"book": (-0.01, 0.3)}, "writes_like_the_book", False, "does not write like the book"),
-        ({"way": None}, "writes_like_the_book", None, "its samples were not judged"),
+        ({"way": None}, "writes_like_the_book", None, "its samples could not be judged"),
         ({"way": 0.5}, "writes_like_the_book", True, "writes like the book: 50%"),
         ({"copied": 0.121}, "copies", True, "It copies much: 12.1%"),
         ({"copied": 0.12}, "copies", False, "It copies little"),

@@ -28,6 +28,8 @@ from utils.metrics import RESULT_NAMES
 FORMAT = 1
 STATE = "trainer_state.json"
 OPTIMIZER, RANDOM = "optimizer.safetensors", "rng_state.safetensors"
+# What a run did that was begun before the flag was there.
+BEFORE_THE_FLAG = {"copy_samples": 0}
 OTHER_BYTES = 8_000_000  # tokenizer, configs and random state of a checkpoint, generously
 
 
@@ -120,7 +122,7 @@ def compare_settings(path: Path, settings: dict) -> None:
     """
     before = read_json(path).get("settings")
     for name, now in settings.items():
-        was = before.get(name) if isinstance(before, dict) else None
+        was = before.get(name, BEFORE_THE_FLAG.get(name)) if isinstance(before, dict) else None
         if was != now:
             what = f"--{name.replace('_', '-')} {now} but the run has {was}"
             if name.endswith("_sha256"):

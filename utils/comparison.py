@@ -144,9 +144,9 @@ def compare_style(texts, book, data, tokenizer, control, args, n_words, missing)
     if min(len(stretches), *map(len, texts.values())) < MIN_TEXTS:
         missing.append(f"AUC needs {MIN_TEXTS} texts of each kind; give a smaller --max-new-tokens")
     else:
-        fewest = min(map(len, texts.values()))  # a classifier that sees more texts tells them apart more easily
+        fewest = min(map(len, texts.values()))
         for name, rows in texts.items():
-            measured[name]["auc"] = style.measure_auc(stretches, pick_evenly(rows, fewest), args.seed)
+            measured[name]["auc"] = style.measure_auc(stretches, rows, fewest, args.seed)
     part = {"words": style.tabulate_words(yardstick, words), "words_compared": least, "intervals": {}}
     for measure in measured["base"]:
         part[measure] = {name: figures[measure]["value"] for name, figures in measured.items()}

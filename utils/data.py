@@ -113,6 +113,7 @@ class Blocks:
         )
         empty[1:] |= line[1:] & line[:-1]
         begins = [before[:-1] & follows[1:] for before, follows in ((empty, ~line), (line, ~line), (stop, space))]
+        begins[2] |= begins[1]
         inside = [range(a, b - needed + 1) for a, b, _ in self.spans("validation")]
         for begin in (*begins, None):
             starts = [i for places in inside for i in places if begin is None or i == places[0] or begin[i - 1]]
@@ -136,7 +137,8 @@ class Blocks:
         """
         start, end, span = [entry for entry in self.spans("train") if entry[0] <= position][-1]
         book, ids = self.manifest["books"][span["book"]], self.ids("train")
-        char = span["chars"][0] + len(tokenizer.decode(ids[start:position]))
+        # A token may begin within a character: what is decoded of its first bytes is not counted.
+        char = span["chars"][0] + len(tokenizer.decode(ids[start:position]).rstrip("\ufffd"))
         cuts = [max(start, position - AROUND), position, position + length, min(end, position + length + AROUND)]
         texts = [tokenizer.decode(ids[a:b]) for a, b in itertools.pairwise(cuts)]
         return {"tokens": length, "book": book["name"], "char": char, "share": char / book["chars"],

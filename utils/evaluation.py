@@ -80,7 +80,8 @@ def cut_blocks(text: str, tokenizer, block_size: int):
 
     from utils.tokens import cut_pieces, encode_text, pieces_are_exact
 
-    ids = encode_text(tokenizer, cut_pieces(text) if pieces_are_exact(tokenizer, text) else [text])
+    pieces = cut_pieces(text) if pieces_are_exact(tokenizer, text) else [text]
+    ids = encode_text(tokenizer, pieces) if text else []
     rows = [ids[start : start + block_size] for start in range(0, len(ids) - block_size + 1, block_size)]
     return Dataset.from_dict({"input_ids": rows}).with_format("torch"), len(text.encode()) / max(1, len(ids))
 

@@ -62,8 +62,8 @@ def read_metrics(folder: Path) -> list[dict]:
     return rows
 
 
-def draw_loss_curve(folder: Path) -> None:
-    """Draw training and validation loss over the steps, the base model's level marked."""
+def draw_loss_curve(folder: Path, best_step: int) -> None:
+    """Draw training and validation loss over the steps, the base model's level and the model that was kept marked."""
     import matplotlib
 
     matplotlib.use("Agg")  # no screen needed
@@ -77,10 +77,10 @@ def draw_loss_curve(folder: Path) -> None:
         axes.plot(*zip(*train, strict=True), color="#9db4c8", linewidth=1, label="training")
     if held_out:
         axes.plot(*zip(*held_out, strict=True), color="#b5482b", marker="o", label="validation")
-        best = min(held_out, key=lambda point: point[1])
-        axes.annotate(
-            f"best {best[1]:.3f}", best, textcoords="offset points", xytext=(0, -16), ha="center", color="#b5482b"
-        )
+        for best in [point for point in held_out if point[0] == best_step > 0]:
+            axes.annotate(
+                f"best {best[1]:.3f}", best, textcoords="offset points", xytext=(0, -16), ha="center", color="#b5482b"
+            )
         if held_out[0][0] == 0:
             axes.axhline(held_out[0][1], color="#555555", linestyle="--", linewidth=1, label="base model")
     axes.set(xlabel="step (optimizer updates)", ylabel="loss (nats a token)", title="Loss on the book")
@@ -114,7 +114,7 @@ def write_run_config(args, settings: dict, base: str, data, machine: dict) -> No
 
 def write_results(folder: Path, state, max_steps: int) -> dict:
     """Draw the loss and write all_results.json: the base's figures, the best model's, what the run took."""
-    draw_loss_curve(folder)
+    draw_loss_curve(folder, state.best_step)
     results = {f"base_{RESULT_NAMES[key]}": value for key, value in state.base_metrics.items()}
     results |= {RESULT_NAMES[key]: value for key, value in state.best_metrics.items()}
     speed = state.tokens / max(state.seconds, 1e-9)

@@ -60,7 +60,7 @@ def _judge_style(report: dict, flags: dict) -> str:
         flags["writes_like_the_book"] = False
         return f"It does not write like the book: it gained {bits} on unseen pages than on general text."
     if way is None:
-        return f"By its loss it learned the book ({bits} gained than on general text); its samples were not judged."
+        return f"By its loss it learned the book ({bits} gained than on general text); its samples could not be judged."
     flags["writes_like_the_book"] = way >= WRITES_LIKE
     from_to = f"{max(0, way):.0%} of the way from the base model to the author"
     if way >= WRITES_LIKE:

@@ -9,15 +9,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-WORD = re.compile(r"(?<!\w)[^\W\d_]+(?:['\u2019][^\W\d_]+)*")
+WORD = re.compile(r"(?<![^\W_])[^\W\d_]+(?:['\u2019][^\W\d_]+)*")
 SENTENCE_END = re.compile(r"[.!?\u2026]+(?=[\"'\u201d\u2019)\]]*(?:\s|$))")
-PARAGRAPH_END = re.compile(r"\n[^\S\n]*\n")
+PARAGRAPH_END = re.compile(r"\n(?:[^\S\n]*\n)+")
 # Below about so many words, the rates of even the commonest words are mostly chance.
 MIN_WORDS = 1500
 N_FREQUENT = 150  # words that Delta counts
 STRETCH_WORDS = 500  # the book's own variation is measured between stretches of so many words
 N_SHOWN = 15
-ROUNDS, SELECTIONS = 2000, 200
+ROUNDS, SELECTIONS, FOLDINGS = 2000, 200, 5
 
 
 def split_words(text: str) -> list[str]:
@@ -72,7 +72,7 @@ def build_yardstick(book: str, control: str | None = None) -> Yardstick:
     frequent = ranked[np.lexsort((ranked, -totals))][:N_FREQUENT].tolist()
     whole = len(tokens) // STRETCH_WORDS * STRETCH_WORDS
     stretches = [tokens[start : start + STRETCH_WORDS] for start in range(0, whole, STRETCH_WORDS)]
-    spread = (count_words(stretches, frequent) / STRETCH_WORDS).std(axis=0, ddof=1)
+    spread = count_words(stretches, frequent).std(axis=0, ddof=1) / STRETCH_WORDS  # of counts: exactly 0 for no change
     words = [word for word, deviation in zip(frequent, spread, strict=True) if deviation > 0]
     origin = word_rates([split_words(control)], words) if control and split_words(control) else None
     return Yardstick(words, word_rates([tokens], words), spread[spread > 0], origin)
@@ -140,13 +140,15 @@ def measure_delta(texts: list[list[str]], yardstick: Yardstick, n_words: int, se
     return result
 
 
-def measure_auc(book: list[str], texts: list[str], seed: int) -> dict[str, float]:
+def measure_auc(book: list[str], texts: list[str], n_texts: int, seed: int) -> dict[str, float]:
     """Ask a classifier on character n-grams to tell texts from the book: 0.5 it cannot, 1.0 always.
 
     Args:
         book: stretches of training text, as long as the texts.
         texts: samples, or stretches the author wrote.
-        seed: of the folds and the bootstrap.
+        n_texts: a classifier that sees more texts is better, so that equal numbers are compared: the value is the
+            mean over FOLDINGS selections of so many texts, each divided in its own way.
+        seed: of selections, folds and bootstrap.
     Returns:
         value, low, high; every text is judged by a classifier that has not seen it (5 folds).
     """
@@ -157,15 +159,20 @@ def measure_auc(book: list[str], texts: list[str], seed: int) -> dict[str, float
 
     grams = TfidfVectorizer(analyzer="char", ngram_range=(1, 4), lowercase=False, sublinear_tf=True)
     classifier = make_pipeline(grams, LogisticRegression(C=10, max_iter=1000))
-    folds = StratifiedKFold(5, shuffle=True, random_state=seed)
-    is_book = np.array([True] * len(book) + [False] * len(texts))
-    scores = cross_val_predict(classifier, book + texts, is_book, cv=folds, method="decision_function")
-    wins = scores[is_book][:, None] - scores[~is_book][None, :]
-    wins = (wins > 0) + 0.5 * (wins == 0)  # AUC is the share of pairs that stand in the right order
-    book_drawn, texts_drawn = resample(len(book), seed), resample(len(texts), seed + 1)
-    values = ((book_drawn @ wins) * texts_drawn).sum(axis=1) / (len(book) * len(texts))
-    low, high = interval(values)
-    return {"value": float(wins.mean()), "low": low, "high": high}
+    is_book, values, redrawn = np.array([True] * len(book) + [False] * n_texts), [], []
+    for number in range(seed, seed + FOLDINGS):
+        chosen = np.random.default_rng(number).permutation(len(texts))[:n_texts]
+        folds = StratifiedKFold(5, shuffle=True, random_state=number % 2**32)
+        both = book + [texts[i] for i in chosen]
+        scores = cross_val_predict(classifier, both, is_book, cv=folds, method="decision_function")
+        wins = scores[is_book][:, None] - scores[~is_book][None, :]
+        wins = (wins > 0) + 0.5 * (wins == 0)  # AUC is the share of pairs that stand in the right order
+        values.append(wins.mean())
+        drawn = resample(len(book), number), resample(n_texts, number + 1)
+        redrawn.append(((drawn[0] @ wins) * drawn[1]).sum(axis=1) / wins.size - wins.mean())
+    value = float(np.mean(values))
+    low, high = interval(np.concatenate(redrawn), value)
+    return {"value": value, "low": max(low, 0.0), "high": min(high, 1.0)}
 
 
 def measure_lengths(text: str) -> dict[str, float | None]:
