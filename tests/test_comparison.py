@@ -380,3 +380,18 @@ def test_a_run_that_copies_too_much_says_so(large, script, tmp_path):
     results = json.loads((tmp_path / "run/all_results.json").read_text())
     assert results["copy_rate"] > 0
     assert "every model copied more than" in ran.err
+
+
+def test_a_few_blocks_have_a_loss_but_no_interval(book, tiny_model, script, tmp_path):
+    """A loss is a loss on three blocks too; a gain with an interval needs five."""
+    flags = ["--input-path", book, "--model-name", tiny_model, "--val-split", "0.05", "--block-size", 64]
+    ran = script("prepare_data", *flags, "--output-dir", tmp_path / "blocks")
+    blocks = len(token_rows(tmp_path / "blocks", "validation"))
+    assert 0 < blocks < 5, ran.err
+    tuned, base = (shutil.copytree(tiny_model, tmp_path / name) for name in MODELS)
+    flags = ["--finetuned-model", tuned, "--base-model", base, "--data-dir", tmp_path / "blocks"]
+    assert script("generate_text", *flags, *MISSING).code == 0
+    _, report, _ = read(tuned)
+    assert report["scores"]["book"]["base"]["eval/loss"] > 0
+    assert not {"book_gain", "style_gain"} & report.keys()
+    assert any(f"there are {blocks} blocks of it, 5 are needed" in reason for reason in report["missing"])

@@ -57,17 +57,18 @@ def score_models(models: dict, tokenizer, data, control: str, args, autocast, mi
         blocks["book"] = data.validation, data.bytes_per_token
     part, scored = {"scores": {}}, {}
     for text, (rows, bytes_per_token) in blocks.items():
-        if len(rows) < MIN_BLOCKS:
+        if not len(rows):
             continue
-        scored[text] = {"bytes": bytes_per_token * (rows[0]["input_ids"].numel() - 1)}
-        part["scores"][text] = {}
+        nats, part["scores"][text] = {"bytes": bytes_per_token * (rows[0]["input_ids"].numel() - 1)}, {}
         for name, model in models.items():
             # One block a forward pass: each has a loss of its own, and the bootstrap draws blocks.
-            scored[text][name], n_targets = score_blocks(model, rows, 1, autocast, progress)
-            part["scores"][text][name] = summarize_loss(sum(scored[text][name]), n_targets, bytes_per_token)
+            nats[name], n_targets = score_blocks(model, rows, 1, autocast, progress)
+            part["scores"][text][name] = summarize_loss(sum(nats[name]), n_targets, bytes_per_token)
+        if len(rows) >= MIN_BLOCKS:
+            scored[text] = nats
     for text, what in (("book", "held-out passages of the book"), ("control", "general text")):
         if text not in scored:
-            missing.append(f"the loss on {what}: there are {len(blocks.get(text, [[]])[0])} blocks of it, "
+            missing.append(f"the gain on {what}: there are {len(blocks.get(text, [[]])[0])} blocks of it, "
                            f"{MIN_BLOCKS} are needed")  # fmt: skip
     part |= measure_gain(scored, args.seed)
     if "forgetting" in part:
