@@ -410,7 +410,6 @@ def test_a_guard_of_another_text_does_nothing(reciter):
         assert guard.acted == 0
 
 
-@pytest.mark.xfail(strict=True, reason="CopyGuard takes the end-of-text tokens that fill a row up for training's own")
 def test_the_guard_does_not_depend_on_the_rows_beside(reciter):
     """Training of two books has an end of text in its middle; a shorter prompt is filled up with the same token."""
     model, eos, _, _ = reciter

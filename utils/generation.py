@@ -54,13 +54,12 @@ class CopyGuard:
         self.index, self.eos_token_id, self.acted = index, eos_token_id, 0
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        runs = input_ids[:, -self.index.length :].cpu().numpy()
-        if runs.shape[1] == self.index.length:
-            for row, run in enumerate(runs):
+        for row, ids in enumerate(input_ids.cpu().numpy()):
+            run = ids[(ids != self.eos_token_id).argmax() :][-self.index.length :]  # not what fills it up
+            if len(run) == self.index.length and run[-1] != self.eos_token_id:
                 forbidden = self.index.following(run)
-                if len(forbidden) and run[-1] != self.eos_token_id:
-                    scores[row, torch.from_numpy(forbidden.astype("int64")).to(scores.device)] = -torch.inf
-                    self.acted += 1
+                scores[row, torch.from_numpy(forbidden.astype("int64")).to(scores.device)] = -torch.inf
+                self.acted += len(forbidden) > 0
         return scores
 
 
