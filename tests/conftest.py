@@ -16,6 +16,10 @@ import torch
 
 from utils.cli import STOP_SIGNALS, run
 
+for number in STOP_SIGNALS:  # a shell starts what runs in the background with some of them ignored
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, signal.SIG_DFL if number != signal.SIGINT else signal.default_int_handler)
+
 torch.set_num_threads(1)  # tiny models are faster so, and results do not depend on the machine's cores
 
 
