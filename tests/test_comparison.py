@@ -395,3 +395,16 @@ def test_a_few_blocks_have_a_loss_but_no_interval(book, tiny_model, script, tmp_
     assert report["scores"]["book"]["base"]["eval/loss"] > 0
     assert not {"book_gain", "style_gain"} & report.keys()
     assert any(f"there are {blocks} blocks of it, 5 are needed" in reason for reason in report["missing"])
+
+
+def test_samples_longer_than_any_held_out_passage_are_measured_all_the_same(large, reported):
+    """No stretch of the author's is as long: his column stays empty, the models' do not."""
+    _, _, rows = reported
+    data, tokenizer = open_blocks(large / "blocks"), load_pair(large / "model")[1]
+    args, missing = Namespace(max_new_tokens=1 + max(map(len, data.passages("validation"))), seed=1), []
+    part = comparison.compare_texts(rows, data, tokenizer, "", args, missing)
+    assert part["repetition"]["base"]["distinct_1"] > 0
+    assert part["repetition"]["heldout"]["distinct_1"] is None
+    assert part["counts"]["texts"]["heldout"] == 0
+    assert part["copy_rate"]["heldout"]["8"] > 0  # of whole passages, not of stretches
+    assert any("heldout has 0" in reason for reason in missing)

@@ -33,7 +33,7 @@ MIN_TEXTS = 10  # a classifier needs of each kind
 BOOK_TOKENS = 2_000_000  # of a larger training text, stretches of so many tokens in all show its words
 MIN_BLOCKS = 5
 EXTRACTIONS = 50
-SHOWN_RUN = 8  # tokens: the shortest copied run that the page marks
+SHOWN_RUN = copying.RUN_LENGTHS[0]  # tokens: the shortest copied run that the page marks
 SHOWN_PROMPTS, SHOWN_SAMPLES, CURVE_POINTS = 24, 3, 300
 QUESTIONS = 10
 
@@ -105,11 +105,11 @@ def compare_texts(samples: list[dict], data, tokenizer, control: str, args, miss
     texts = {name: [s["text"] for s in samples if s["model"] == name] for name in MODELS}
     sources, train = dict(ids), data.ids("train")
     if len(data.validation):
-        held_out = data.ids("validation")
-        sources["heldout"] = [held_out[a:b] for a, b, _ in data.spans("validation")]
+        sources["heldout"] = data.passages("validation")
         ids["heldout"] = data.stretches("validation", args.max_new_tokens, STRETCHES)
-        texts["heldout"] = tokenizer.batch_decode(ids["heldout"])
-    fewest = min(map(len, ids.values()))  # the more text, the fewer new words in it: equal amounts are compared
+        texts["heldout"] = [tokenizer.decode(row) for row in ids["heldout"]]
+    # The more text, the fewer new words in it: equal amounts are compared.
+    fewest = min(len(rows) for rows in ids.values() if rows)
     part = {
         "copy_rate": {name: copying.measure_copying(source, train) for name, source in sources.items()},
         "longest_copy": {name: describe_longest(source, data, tokenizer) for name, source in sources.items()},

@@ -87,6 +87,11 @@ class Blocks:
         spans = [span for span in self.manifest["spans"] if span["split"] == split]
         return [(span["tokens"][0], min(span["tokens"][1], end), span) for span in spans]
 
+    def passages(self, split: str) -> list[np.ndarray]:
+        """Return the token ids of each passage of a split."""
+        ids = self.ids(split)
+        return [ids[start:end] for start, end, _ in self.spans(split)]
+
     def stretches(self, split: str, length: int, count: int) -> list[np.ndarray]:
         """Return up to `count` stretches of `length` tokens, spread over the passages; none overlap."""
         ids = self.ids(split)

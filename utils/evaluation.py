@@ -156,10 +156,10 @@ class CopyProbe:
         self.prompts, self.seed, self.eos_token_id = [], args.seed, tokenizer.eos_token_id
         self.new_tokens, self.limit = total - total // 4, math.inf
         if args.copy_samples and len(data.validation):
-            self.train, held_out = data.ids("train"), data.ids("validation")
+            self.train = data.ids("train")
             pairs = data.openings(tokenizer, args.copy_samples, total // 4, self.new_tokens)
             self.prompts = [prompt for prompt, _ in pairs]
-            heldout_rate = measure_copying([held_out[a:b] for a, b, _ in data.spans("validation")], self.train)
+            heldout_rate = measure_copying(data.passages("validation"), self.train)
             self.limit = args.max_copy_rate or default_copy_rate(heldout_rate[str(RUN_LENGTHS[0])])
 
     def measure(self, model, autocast) -> dict[str, float]:
