@@ -11,7 +11,7 @@ import time
 from contextlib import closing
 from pathlib import Path
 
-from utils.cli import Parser, StopSignal, UserError, device_name, print_table, real_number, run, warn
+from utils.cli import Parser, StopSignal, UserError, auto_or, device_name, print_table, real_number, run, warn
 from utils.cli import whole_number as whole
 
 # Every flag is in one of the two: it shapes the result, and may not differ when a run is continued, or it does not.
@@ -19,11 +19,11 @@ SHAPING_FLAGS = {
     "model_name", "from_scratch", "dropout", "epochs", "max_steps", "batch_size", "grad_accum_steps", "learning_rate",
     "lr_schedule", "warmup_ratio", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "seed",
     "eval_every", "eval_batch_size", "early_stopping_patience", "copy_samples", "max_copy_rate", "save_dtype", "dtype",
-    "deterministic",
+    "deterministic", "compile",
 }  # fmt: skip
 FREE_FLAGS = {
     "data_dir", "output_dir", "overwrite", "device", "num_workers", "save_every", "keep_checkpoints", "log_every",
-    "report_to", "sample_prompt", "sample_tokens",
+    "report_to", "sample_prompt", "sample_tokens", "micro_batch_size", "dry_run",
 }  # fmt: skip
 
 
@@ -37,8 +37,8 @@ def parse_args(argv=None):
     add = parser.add_argument_group("optimization").add_argument
     add("--epochs", type=whole(1), default=3, help="passes over the training blocks")
     add("--max-steps", type=whole(1), help="optimizer updates; takes the place of --epochs")
-    add("--batch-size", type=whole(1), default=8, help="blocks a micro-batch")
-    add("--grad-accum-steps", type=whole(1), default=1, help="micro-batches an update")
+    add("--batch-size", type=whole(1), default=8, help="blocks a batch")
+    add("--grad-accum-steps", type=whole(1), default=1, help="batches an update")
     add("--learning-rate", type=real_number(0, above=True), default=5e-5, help="peak learning rate")
     add("--lr-schedule", choices=["cosine", "linear", "constant"], default="cosine", help="its course after warm-up")
     add("--warmup-ratio", type=real_number(0, 1), default=0.06, help="share of the updates with a rising rate")
@@ -51,12 +51,13 @@ def parse_args(argv=None):
     add = parser.add_argument_group("evaluation and output").add_argument
     add("--output-dir", type=Path, default=Path("results/checkpoints/finetuned_model"), help="folder of the run")
     add("--overwrite", action="store_true", help="remove what --output-dir holds and start anew")
+    add("--dry-run", action="store_true", help="say what the run would take in time, memory and disk; write nothing")
     add("--eval-every", type=whole(1), help="updates between evaluations (default: a tenth of the run)")
     add("--eval-batch-size", type=whole(1), default=16, help="blocks a forward pass in evaluation")
     add("--early-stopping-patience", type=whole(1), help="stop after so many evaluations without a better one")
     add("--copy-samples", type=whole(0, 1000), default=16, help="openings continued to measure copying; 0 for none")
     add("--max-copy-rate", type=real_number(0, 1, above=True), help="share it may copy (default: 3 times the book)")
-    add("--save-every", type=whole(1), help="updates between checkpoints (default: as --eval-every)")
+    add("--save-every", type=whole(1), help="updates between checkpoints (default: as --eval-every; rarer if slow)")
     add("--keep-checkpoints", type=whole(1), default=2, help="newest checkpoints kept")
     add("--save-dtype", choices=["fp32", "bf16"], default="fp32", help="number type of the best model's file")
     add("--log-every", type=whole(1), default=1, help="updates between lines of metrics.jsonl")
@@ -66,6 +67,9 @@ def parse_args(argv=None):
     add = parser.add_argument_group("machine").add_argument
     add("--device", type=device_name, default="auto", help="auto, cpu, mps, cuda or cuda:N")
     add("--dtype", choices=["auto", "fp32", "bf16"], default="auto", help="computed in; auto: bf16 if in hardware")
+    add("--micro-batch-size", type=auto_or(whole(1)), metavar="N",
+        help="blocks at once; less memory, same up to rounding (default: auto, by free memory)")  # fmt: skip
+    add("--compile", action="store_true", help="compile the model's layers: a minute more to start, for a GPU")
     add("--deterministic", action="store_true", help="on a GPU: bit-identical runs, slower")
     add("--num-workers", type=whole(0, 64), default=0, help="processes that load batches")
     args = parser.parse_args(argv)
@@ -131,8 +135,8 @@ def find_unfinished(args, settings):
     return find_checkpoint(args.output_dir)
 
 
-def start_run(args, settings, data, base, folder, device):
-    """Load or make the model of a new run, and write down what the run is."""
+def start_run(args, settings, data, base, plan, model, tokenizer):
+    """Make room for a new run, and write down what it is."""
     import torch
 
     from utils.checkpoint import checkpoint_bytes, describe_machine, save_best
@@ -140,17 +144,23 @@ def start_run(args, settings, data, base, folder, device):
     from utils.metrics import write_run_config
     from utils.model import DTYPES
 
-    model, tokenizer = load_base(args, data, base, folder)
     torch.manual_seed(args.seed)
     given_back = sum(path.stat().st_size for path in args.output_dir.rglob("*") if path.is_file())
     require_space(args.output_dir, 2 * checkpoint_bytes(model) - given_back, "a pair of checkpoints")
     # Only now: everything that could be refused has been. What marks the folder as ours is replaced last.
     clear_folder(args.output_dir, keep=["run_config.json"])
-    write_run_config(args, settings, base, data, describe_machine(device))
+    write_run_config(args, settings, base, data, describe_machine(plan))
     if args.from_scratch:  # so that generate_text.py has a base to compare with
         Path(base).mkdir(exist_ok=True)
         save_best(Path(base), model, tokenizer, DTYPES[args.save_dtype])
-    return model, tokenizer
+
+
+def backward(model, input_ids, n_blocks):
+    """Add a micro-batch's gradients, weighted by its share of the update's blocks; return its share of the loss."""
+    loss = model(input_ids=input_ids, labels=input_ids, use_cache=False).loss  # shifts inside
+    loss = loss * (len(input_ids) / n_blocks)
+    loss.backward()
+    return loss.detach()
 
 
 def train(args, plan, model, tokenizer, data, optimizer, state):
@@ -195,16 +205,14 @@ def train(args, plan, model, tokenizer, data, optimizer, state):
             step_started = time.monotonic()
             lr = plan.schedule(state.step)  # 4 learning rate
             set_lr(optimizer, lr)
-            micro_batches = plan.order.update(state.step)
-            n_blocks = sum(map(len, micro_batches))
+            update = plan.order.update(state.step)
+            n_blocks = sum(map(len, update))
             mean_loss = torch.zeros((), device=model.device)
-            for _ in micro_batches:  # 5 accumulate, weighted by tokens
-                input_ids = next(batches)["input_ids"].to(model.device, non_blocking=True)
-                with plan.autocast():
-                    loss = model(input_ids=input_ids, labels=input_ids, use_cache=False).loss  # shifts inside
-                loss = loss * (len(input_ids) / n_blocks)
-                loss.backward()
-                mean_loss += loss.detach()
+            with plan.autocast():  # 5 accumulate, weighted by tokens; in one context, so that weights are cast once
+                for _ in update:
+                    batch = next(batches)["input_ids"].to(model.device, non_blocking=True)
+                    for input_ids in batch.split(plan.micro_batch_size):
+                        mean_loss += backward(model, input_ids, n_blocks)
             grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm).item()
             train_loss = mean_loss.item()
             require_finite(state, lr, loss=train_loss, gradient=grad_norm)  # 6 refuse NaN before the update
@@ -219,23 +227,6 @@ def train(args, plan, model, tokenizer, data, optimizer, state):
             bar.set_postfix_str(f"loss {train_loss:.3f}, lr {lr:.1e}, {speed:,.0f} tokens/s", refresh=False)
             bar.update()
     return 0 if state.finished else stopping.number
-
-
-class Plan:
-    """What is decided before the first step: device, length of the run, schedule, intervals."""
-
-    def __init__(self, args, data, device):
-        from utils.data import BatchOrder
-        from utils.model import autocast, pick_dtype
-        from utils.optim import build_schedule
-
-        self.device, self.dtype = device, pick_dtype(args.dtype, device)
-        self.autocast = lambda: autocast(self.device, self.dtype)
-        self.order = BatchOrder(len(data.train), args.batch_size, args.grad_accum_steps, args.seed)
-        self.max_steps = args.max_steps or args.epochs * self.order.steps_per_epoch
-        self.eval_every = args.eval_every or max(1, self.max_steps // 10)
-        self.save_every = args.save_every or self.eval_every
-        self.schedule = build_schedule(args.lr_schedule, args.learning_rate, self.max_steps, args.warmup_ratio)
 
 
 def evaluate(args, plan, model, data, stopping):
@@ -292,7 +283,7 @@ def sample(args, plan, model, tokenizer):
     return "\n  | " + (args.sample_prompt + tokenizer.decode(ids)).replace("\n", "\n  | ")
 
 
-def print_settings(args, plan, data, model, base):
+def print_settings(args, plan, data, model, base, expected):
     import torch
 
     from utils.model import count_parameters
@@ -301,13 +292,15 @@ def print_settings(args, plan, data, model, base):
     print_table("training", [
         ("model", f"{base}, {count_parameters(model):,} parameters"),
         ("data", f"{args.data_dir}: {len(data.train):,} + {len(data.validation):,} blocks of {data.block_size}"),
-        ("update", f"{batch} blocks ({args.grad_accum_steps} x {args.batch_size}), {batch * data.block_size:,} tokens"),
+        ("update", f"{batch} blocks ({args.grad_accum_steps} x {args.batch_size}), {batch * data.block_size:,} tokens; "
+                   f"{plan.micro_batch_size} at once"),
         ("length", f"{plan.max_steps:,} updates, {plan.order.steps_per_epoch:,} an epoch"),
         ("learning rate", f"{args.learning_rate:g}, {args.lr_schedule}, warm-up {args.warmup_ratio:.0%}"),
         ("evaluate, save", f"every {plan.eval_every:,} and {plan.save_every:,} updates"),
         ("copying", f"at most {plan.probe.limit:.1%} of a sample's tokens" if plan.probe.prompts else None),
         ("device", f"{plan.device}, computing in {plan.dtype}, {torch.get_num_threads()} threads"),
         ("output", args.output_dir),
+        ("will take", expected),
     ])  # fmt: skip
     if len(data.train) < batch:
         warn(f"a batch is the {len(data.train)} blocks there are, not {batch}")
@@ -327,14 +320,17 @@ def print_outcome(args, plan, state, results):
 
 def finetune(args):
     """Begin or continue the run in the output folder, which is locked."""
-    import utils.checkpoint as checkpoints
+    from utils import checkpoint as checkpoints
+    from utils import forecast
     from utils.data import open_blocks
     from utils.evaluation import CopyProbe
     from utils.failure import explain
     from utils.files import require_space, sweep
+    from utils.layers import speed_up
     from utils.metrics import write_results
     from utils.model import load_pair, pick_device, set_deterministic, set_dropout
     from utils.optim import build_optimizer
+    from utils.plan import Plan
 
     device, data = pick_device(args.device), open_blocks(args.data_dir)
     set_deterministic(args.deterministic)
@@ -342,11 +338,13 @@ def finetune(args):
     base, folder = find_base(args, data)
     settings = settings_of(args, data, base, folder)
     checkpoint = find_unfinished(args, settings)
-    sweep(args.output_dir)
+    if not args.dry_run:
+        sweep(args.output_dir)
     state = checkpoints.read_state(checkpoint) if checkpoint else checkpoints.TrainState()
     if state.finished:
-        checkpoints.remove_older(checkpoint, args.keep_checkpoints)
-        write_results(args.output_dir, state, plan.max_steps)
+        if not args.dry_run:
+            checkpoints.remove_older(checkpoint, args.keep_checkpoints)
+            write_results(args.output_dir, state, plan.max_steps)
         print(f"already complete at step {state.step}: {args.output_dir}; --overwrite starts anew")
         return 0
 
@@ -354,19 +352,25 @@ def finetune(args):
         print(f"continuing from step {state.step} of {plan.max_steps} ({checkpoint})")
         model, tokenizer = load_pair(checkpoint, verified=True)
     else:
-        model, tokenizer = start_run(args, settings, data, base, folder, device)
+        model, tokenizer = load_base(args, data, base, folder)
     if args.dropout is not None:
         set_dropout(model, args.dropout)
-    model.to(device)
+    speed_up(model.to(device), device, args.compile)
     betas = (args.adam_beta1, args.adam_beta2)
     optimizer = build_optimizer(model, args.learning_rate, args.weight_decay, betas, args.adam_epsilon)
+    plan.probe = CopyProbe(args, data, model, tokenizer)
+    plan.micro_batch_size = forecast.pick_micro_batch(args, plan, model, data, state)
+    expected = forecast.calibrate(args, plan, model, optimizer, data, state.step, backward)
+    print_settings(args, plan, data, model, base, expected)
+    if args.dry_run:
+        return 0
     if checkpoint:
         require_space(args.output_dir, checkpoints.checkpoint_bytes(model), "a checkpoint")
         checkpoints.restore_optimizer(model, optimizer, checkpoint / "optimizer.safetensors")
         checkpoints.restore_random_state(checkpoint / "rng_state.safetensors")
-    checkpoints.note_machine(state, device)
-    plan.probe = CopyProbe(args, data, model, tokenizer)
-    print_settings(args, plan, data, model, base)
+    else:
+        start_run(args, settings, data, base, plan, model, tokenizer)
+    checkpoints.note_machine(state, plan)
 
     try:
         stopped_by = train(args, plan, model, tokenizer, data, optimizer, state)
@@ -392,6 +396,8 @@ def main():
     is_ours = (args.output_dir / "run_config.json").is_file()
     inputs = [args.data_dir, args.model_name or prepared_for or ""]
     check_output_dir(args.output_dir, is_ours, "finetune_generative.py", args.overwrite, inputs)
+    if args.dry_run:
+        return finetune(args)
     with lock(args.output_dir, "train"):
         return finetune(args)
 

@@ -88,7 +88,7 @@ GUARDS = [
     ("finetune_generative.py", '    with lock(args.output_dir, "train"):\n', "    if True:\n"),
     ("finetune_generative.py", "                        generator=torch.Generator(), ", "                        "),
     ("finetune_generative.py", ", worker_init_fn=ignore_signals", ""),
-    ("finetune_generative.py", "    sweep(args.output_dir)\n", ""),
+    ("finetune_generative.py", "        sweep(args.output_dir)\n", "        pass\n"),
     ("finetune_generative.py", "if due and state.evaluated_step != state.step:", "if due and state.step > resumed_at:"),
     ("prepare_data.py", '    with lock(args.output_dir, "prepare"):\n', "    if True:\n"),
     ("prepare_data.py", "    sweep(args.output_dir)\n", ""),

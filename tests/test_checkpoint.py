@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -238,13 +239,13 @@ def test_settings_are_compared_by_name(tmp_path):
 
 
 def test_another_machine_is_noted_once(capsys):
-    state, device = TrainState(), torch.device("cpu")
-    checkpoint.note_machine(state, device)
+    state, plan = TrainState(), SimpleNamespace(device=torch.device("cpu"), micro_batch_size=4)
+    checkpoint.note_machine(state, plan)
     assert capsys.readouterr().err == ""
-    assert state.machine == checkpoint.describe_machine(device)
-    assert state.machine.keys() == {"threads", "torch", "device", "processor"}
+    assert state.machine == checkpoint.describe_machine(plan)
+    assert state.machine.keys() == {"threads", "torch", "device", "processor", "micro_batch_size"}
     state.machine |= {"threads": 77, "torch": "0.1"}
-    checkpoint.note_machine(state, device)
+    checkpoint.note_machine(state, plan)
     says = f"threads {torch.get_num_threads()}, was 77; torch {torch.__version__}, was 0.1"
     assert capsys.readouterr().err == f"warning: not bit-identical from here: {says}\n"
     assert state.machine["torch"] == torch.__version__

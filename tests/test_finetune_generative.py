@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from test_evaluation import independent_loss
 
 import finetune_generative
+from utils import plan
 from utils.checkpoint import TrainState
 from utils.data import open_blocks
 from utils.generation import Decoding, generate_ids
@@ -53,7 +54,7 @@ DROPOUT = ["--dropout", "0.2", "--save-every", 6]
 def straight_and_stopped(finetune, monkeypatch):
     """Return the folder of a whole run, and that of the same run stopped by SIGTERM at step 3."""
 
-    class Stopping(finetune_generative.Plan):
+    class Stopping(plan.Plan):
         def __init__(self, *args):
             super().__init__(*args)
             schedule = self.schedule
@@ -61,7 +62,7 @@ def straight_and_stopped(finetune, monkeypatch):
 
     straight = finetune("straight", *QUICK, *DROPOUT)
     with monkeypatch.context() as patch:
-        patch.setattr(finetune_generative, "Plan", Stopping)
+        patch.setattr(plan, "Plan", Stopping)
         stopped = finetune("stopped", *QUICK, *DROPOUT, code=128 + signal.SIGTERM)
     torch.manual_seed(123)  # a new process would not begin where the stopped one left its generator
     return straight, stopped

@@ -29,7 +29,7 @@ FORMAT = 1
 STATE = "trainer_state.json"
 OPTIMIZER, RANDOM = "optimizer.safetensors", "rng_state.safetensors"
 # What a run did that was begun before the flag was there.
-BEFORE_THE_FLAG = {"copy_samples": 0}
+BEFORE_THE_FLAG = {"copy_samples": 0, "compile": False}
 OTHER_BYTES = 8_000_000  # tokenizer, configs and random state of a checkpoint, generously
 
 
@@ -98,15 +98,15 @@ def save_best(output_dir: Path, model, tokenizer, dtype: torch.dtype) -> None:
         tokenizer.save_pretrained(partial)
 
 
-def describe_machine(device: torch.device) -> dict:
+def describe_machine(plan) -> dict:
     """Return what must be equal for a continued run to be equal to the bit."""
-    return {"threads": torch.get_num_threads(), "torch": torch.__version__, "device": device.type,
-            "processor": platform.machine()}  # fmt: skip
+    return {"threads": torch.get_num_threads(), "torch": torch.__version__, "device": plan.device.type,
+            "processor": platform.machine(), "micro_batch_size": plan.micro_batch_size}  # fmt: skip
 
 
-def note_machine(state: TrainState, device: torch.device) -> None:
+def note_machine(state: TrainState, plan) -> None:
     """Put the machine into the state, and warn when the run was begun on another."""
-    machine, before = describe_machine(device), state.machine
+    machine, before = describe_machine(plan), state.machine
     changed = [f"{name} {now}, was {before[name]}" for name, now in machine.items() if before.get(name, now) != now]
     if changed:
         warn(f"not bit-identical from here: {'; '.join(changed)}")

@@ -188,6 +188,11 @@ def real_number(low: float, high: float = math.inf, above: bool = False, below: 
     return parse
 
 
+def auto_or(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    """Build an argparse type that reads 'auto' as None, and anything else with another type."""
+    return lambda text: None if text == "auto" else parse(text)
+
+
 def _not_a_number(text: str, convert: type, kind: str) -> str:
     """Python also reads '1_000', ' 5 ' and Arabic digits; a command line should not guess."""
     shown = text if len(text) <= 60 else text[:60] + "..."

@@ -1,0 +1,27 @@
+"""What is decided before the first step of a training: device, length, batch order, schedule, intervals."""
+
+import torch
+
+from utils.data import BatchOrder
+from utils.model import autocast, pick_dtype
+from utils.optim import build_schedule
+
+
+class Plan:
+    """The way of a training, from its flags, its data and its device.
+
+    What the model must be there for comes later: the copy probe, and how many blocks it takes at once.
+    """
+
+    def __init__(self, args, data, device: torch.device) -> None:
+        self.device, self.dtype = device, pick_dtype(args.dtype, device)
+        self.order = BatchOrder(len(data.train), args.batch_size, args.grad_accum_steps, args.seed)
+        self.max_steps = args.max_steps or args.epochs * self.order.steps_per_epoch
+        self.eval_every = args.eval_every or max(1, self.max_steps // 10)
+        self.save_every = args.save_every or self.eval_every
+        self.schedule = build_schedule(args.lr_schedule, args.learning_rate, self.max_steps, args.warmup_ratio)
+        self.micro_batch_size, self.probe = args.batch_size, None
+
+    def autocast(self):
+        """Return the context to compute in."""
+        return autocast(self.device, self.dtype)
