@@ -279,3 +279,23 @@ def test_counts_and_spans_of_a_writer(byte_bpe, tmp_path):
         assert byte_bpe.decode(stored[split][slice(*span["tokens"])].tolist()) == text
     assert eos not in stored["train"]  # no text ends there
     assert np.flatnonzero(stored["validation"] == eos).tolist() == [writer.spans[1]["tokens"][1]]
+
+
+class WithoutRust:
+    """A tokenizer that has no Rust library behind it: everything but the call is hidden."""
+
+    def __init__(self, tokenizer):
+        self.call = tokenizer
+
+    def __call__(self, *args, **kwargs):
+        return self.call(*args, **kwargs)
+
+
+def test_the_short_way_through_the_library_gives_the_same_ids(gpt2):
+    text = "A word <|endoftext|> typed,\n\n and caf\u00e9 \u4e2d\u6587 \U0001f600.\n" * 3
+    pieces = [text, "", " ", text[5:90]]
+    expected = gpt2(pieces, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    expected = [i for ids in expected for i in ids]
+    gpt2(text, truncation=True, max_length=4)  # what an earlier call asked for is not kept
+    assert encode_text(gpt2, pieces) == expected == encode_text(WithoutRust(gpt2), pieces)
+    assert gpt2.eos_token_id not in expected

@@ -18,6 +18,7 @@ from utils.files import read_json
 
 SPLITS = ("train", "validation")
 PIECE_CHARS = 4096
+GROUP = 256  # pieces tokenized at once: enough for every core, and a million characters bound the memory
 END_OF_TEXT = "<|endoftext|>"
 # Just before white space that follows a non-space: no token of GPT-2's BPE ever reaches across.
 # Python alone counts the separators 1c to 1f as white space; GPT-2 joins them to punctuation.
@@ -101,8 +102,15 @@ def cut_pieces(text: str) -> list[str]:
 
 def encode_text(tokenizer, pieces: list[str]) -> list[int]:
     """Tokenize pieces to one list of ids; a special token typed in the text stays ordinary text."""
-    encoded = tokenizer(pieces, add_special_tokens=False, split_special_tokens=True, verbose=False)
-    return list(itertools.chain.from_iterable(encoded["input_ids"]))
+    rust = getattr(tokenizer, "backend_tokenizer", None)
+    if rust is None:
+        encoded = tokenizer(pieces, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+    else:  # what the call above does, without the offsets and masks that nobody reads here
+        rust.no_truncation()
+        rust.no_padding()
+        rust.encode_special_tokens = True
+        encoded = (piece.ids for piece in rust.encode_batch_fast(pieces, add_special_tokens=False))
+    return list(itertools.chain.from_iterable(encoded))
 
 
 def pieces_are_exact(tokenizer, text: str) -> bool:
@@ -141,23 +149,25 @@ class TokenWriter:
         if self.exact is None:
             self.exact = pieces_are_exact(self.tokenizer, passage.text)
         pieces = cut_pieces(passage.text) if self.exact else [passage.text]
-        ids = encode_text(self.tokenizer, pieces)
-        n_text = len(ids)
-        if passage.ends_book and passage.book_index < self.n_books - 1:
-            ids.append(self.tokenizer.eos_token_id)
-        if ids and max(ids) > np.iinfo(self.dtype).max:
-            raise UserError(f"tokenizer: id {max(ids)} is beyond its own vocabulary of {len(self.tokenizer)}")
         start = self.n_tokens[passage.split]
-        with open(self.paths[passage.split], "ab") as file:
-            file.write(np.array(ids, dtype=self.dtype).tobytes())
-        self.n_tokens[passage.split] += len(ids)
+        for first in range(0, len(pieces), GROUP):
+            self._append(passage.split, encode_text(self.tokenizer, pieces[first : first + GROUP]))
         self.spans.append({
             "split": passage.split,
             "book": passage.book_index,
             "chars": [passage.start, passage.end],
-            "tokens": [start, start + n_text],
+            "tokens": [start, self.n_tokens[passage.split]],
             "bytes": len(passage.text.encode()),
         })  # fmt: skip
+        if passage.ends_book and passage.book_index < self.n_books - 1:
+            self._append(passage.split, [self.tokenizer.eos_token_id])
+
+    def _append(self, split: str, ids: list[int]) -> None:
+        if ids and max(ids) > np.iinfo(self.dtype).max:
+            raise UserError(f"tokenizer: id {max(ids)} is beyond its own vocabulary of {len(self.tokenizer)}")
+        with open(self.paths[split], "ab") as file:
+            file.write(np.array(ids, dtype=self.dtype).tobytes())
+        self.n_tokens[split] += len(ids)
 
     def open_tokens(self) -> dict[str, np.ndarray]:
         """Map each split's tokens, (n_tokens,) of the stored type."""
