@@ -1,11 +1,11 @@
-# make demo · make test · make lint · make soak      (PYTHON=python3.12 make demo picks another Python)
+# make demo · make test · make lint · make bench · make soak      (PYTHON=python3.12 make demo picks another Python)
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.installed
 BASE := results/base_model
 FINETUNED := results/checkpoints/finetuned_model
 
-.PHONY: demo test soak lint clean
+.PHONY: demo test soak bench lint clean
 
 demo: $(READY)
 	$(BIN)/python prepare_data.py --model-name $(BASE)
@@ -29,6 +29,11 @@ soak: $(READY)
 	$(BIN)/python -m pytest --full -s $(SOAK)
 	$(BIN)/python tests/mutants.py guards
 	$(BIN)/python tests/mutants.py mutate
+
+# What others use instead is installed beside the product, for the comparison only. About half an hour on 2 cores.
+bench: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r benchmarks/requirements.txt
+	$(BIN)/python -m benchmarks.run
 
 lint: $(READY)
 	$(BIN)/ruff check .

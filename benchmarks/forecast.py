@@ -1,0 +1,67 @@
+"""Forecast: what --dry-run says beside what the run then takes, in four settings."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from benchmarks.timing import main
+
+SHAPE = {"model_type": "gpt2", "n_positions": 128, "n_embd": 768, "n_layer": 12, "n_head": 12}
+SETTINGS = {
+    "embedded base, defaults, 2 epochs": ["--epochs", "2"],
+    "embedded base, float32, batch 16": ["--dtype", "fp32", "--batch-size", "16", "--epochs", "2"],
+    "embedded base, batch 64, no samples": ["--batch-size", "64", "--copy-samples", "0", "--sample-tokens", "0",
+                                            "--epochs", "5", "--eval-every", "5"],
+    "GPT-2's shape from scratch, 10 updates": ["--from-scratch", "{shape}", "--max-steps", "10", "--eval-every", "10"],
+}  # fmt: skip
+SIZES = {"s": 1, "min": 60, "h": 3600}
+
+
+def run(*flags: str) -> tuple[str, float]:
+    """Run finetune_generative.py; return its output and the peak of its resident memory in gigabytes."""
+    with tempfile.TemporaryFile("w+") as out:
+        child = subprocess.Popen([sys.executable, "finetune_generative.py", *flags], stdout=out, stderr=out)
+        _, status, usage = os.wait4(child.pid, 0)
+        out.seek(0)
+        text = out.read()
+    if status:
+        raise RuntimeError(text)
+    return text, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
+def measure(quick: bool) -> dict:
+    """Run every setting dry and in earnest."""
+    values, targets, facts = {"time, said": [], "time, taken": [], "memory, said": [], "memory, taken": []}, [], {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "shape.json").write_text(json.dumps(SHAPE))
+        prepare = [sys.executable, "prepare_data.py", "--model-name", "results/base_model"]
+        subprocess.run([*prepare, "--output-dir", folder / "blocks"], check=True, capture_output=True)
+        for setting, flags in list(SETTINGS.items())[: 1 if quick else None]:
+            flags = [flag.format(shape=folder / "shape.json") for flag in flags]
+            flags += ["--data-dir", str(folder / "blocks"), "--output-dir", str(folder / "run"), "--overwrite"]
+            if quick:
+                flags += ["--max-steps", "6", "--copy-samples", "2"]
+            said, _ = run(*flags, "--dry-run")
+            duration, memory = re.search(r"will take +about (.+?) for .*?, ([\d.]+) GB of memory", said).groups()
+            seconds = sum(int(n) * SIZES[unit] for n, unit in re.findall(r"(\d+) (s|min|h)\b", duration))
+            started = time.perf_counter()
+            _, peak = run(*flags)
+            taken = json.loads((folder / "run/all_results.json").read_text())["train_runtime"]
+            facts[setting] = {"whole command, s": round(time.perf_counter() - started, 1)}
+            for key, value in zip(values, (seconds, taken, float(memory), peak), strict=True):
+                values[key].append(value)
+            targets.append({"what": f"time said / taken: {setting}", "value": seconds / taken, "wanted": "0.8 to 1.2"})
+            targets.append({"what": f"memory said / taken: {setting}", "value": float(memory) / peak,
+                            "wanted": "0.85 to 1.15"})  # fmt: skip
+    return {"title": "What --dry-run says (each value a setting, not a repeat)", "unit": "s and GB", "values": values,
+            "ours": "time, said", "targets": targets, "facts": facts}  # fmt: skip
+
+
+if __name__ == "__main__":
+    main(measure)

@@ -1,0 +1,78 @@
+"""Levers: how much slower the training is when one of its means is taken away, and what did not help."""
+
+import contextlib
+import statistics
+import time
+
+import torch
+
+from benchmarks.timing import main
+from benchmarks.training import BLOCK, TINY
+
+TOKENS = 2048
+
+
+def build(quick: bool, without: str):
+    """Return a function that does TOKENS tokens of forward and backward pass with all means but one, or with none."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+    from transformers.activations import NewGELUActivation
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.loss.loss_utils import ForCausalLMLoss
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    from finetune_generative import backward
+    from utils.layers import CheapDropout, attend, speed_up
+    from utils.model import autocast
+
+    device, none = torch.device("cpu"), without == "all of them"
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(**(TINY if quick else {}))).train()
+    if not none:
+        speed_up(model, device, compiled=without == "(with --compile)")
+    replaced = {"fused GELU": (torch.nn.GELU, lambda _: NewGELUActivation()),
+                "cheap dropout": (CheapDropout, lambda layer: torch.nn.Dropout(layer.p))}  # fmt: skip
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if without in replaced and isinstance(child, replaced[without][0]):
+                setattr(module, name, replaced[without][1](child))
+    if without == "loss with its gradient":
+        model.loss_function = ForCausalLMLoss
+    at_once = 8 if none or without == "16 blocks at once (8)" else TOKENS // BLOCK
+    attention = sdpa_attention_forward if none or without == "own attention under dropout" else attend
+    each = none or without == "weights cast once an update"
+    dtype = "fp32" if without == "bf16" else "bf16"
+    blocks = torch.randint(0, model.config.vocab_size, (TOKENS // BLOCK, BLOCK))
+
+    def call() -> None:
+        ALL_ATTENTION_FUNCTIONS["sdpa"] = attention
+        with contextlib.nullcontext() if each else autocast(device, dtype):
+            for input_ids in blocks.split(at_once):
+                with autocast(device, dtype) if each else contextlib.nullcontext():
+                    backward(model, input_ids, len(blocks))
+        model.zero_grad(set_to_none=True)
+
+    return call
+
+
+def measure(quick: bool) -> dict:
+    """Time the training with all of its means, and without each in turn."""
+    names = ["nothing", "bf16", "fused GELU", "loss with its gradient", "weights cast once an update", "cheap dropout",
+             "own attention under dropout", "16 blocks at once (8)", "all of them", "(with --compile)"]  # fmt: skip
+    calls = {f"without {name}": build(quick, name) for name in names}
+    values: dict[str, list[float]] = {name: [] for name in calls}
+    for call in calls.values():
+        call()
+    for _ in range(2 if quick else 4):
+        for name, call in calls.items():
+            started = time.perf_counter()
+            call()
+            values[name].append(TOKENS / (time.perf_counter() - started))
+    middle = {name: statistics.median(several) for name, several in values.items()}
+    whole = middle["without nothing"]
+    facts = {f"speed, of all means, {name}": round(value / whole, 2) for name, value in middle.items()}
+    return {"title": "Levers of the training, GPT-2 124M, block 128, dropout 0.1", "unit": "tokens/s",
+            "values": values, "ours": "without nothing", "targets": [], "facts": facts}  # fmt: skip
+
+
+if __name__ == "__main__":
+    main(measure)

@@ -1,0 +1,96 @@
+"""Run all benchmarks one after the other, each in a process of its own; write results.json and README.md here.
+
+python -m benchmarks.run             all of them, about half an hour on two cores
+python -m benchmarks.run saving      some of them; the others' figures stay as they are
+"""
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+NAMES = ["training", "levers", "generation", "preparation", "startup", "saving", "forecast", "growth"]
+LIBRARIES = ["torch", "transformers", "tokenizers", "datasets", "accelerate", "tiktoken"]
+
+
+def describe_machine() -> dict:
+    """Return processor, cores, memory and versions."""
+    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
+    model = re.search(r"model name\s*:\s*(.+)", info)
+    versions = {}
+    for name in LIBRARIES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    flags = sorted({"amx_bf16", "avx512_bf16", "avx2"} & set(info.split()))
+    return {
+        "processor": model.group(1) if model else platform.processor(),
+        "cores": os.cpu_count(),
+        "with": flags,
+        "memory_gb": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9, 1),
+        "system": platform.system(),
+        "versions": {"python": platform.python_version(), **versions},
+    }
+
+
+def describe(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def write_page(results: dict) -> str:
+    """Put the results into Markdown: targets first, then medians and spread."""
+    machine = results["machine"]
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    lines = ["# Benchmarks", "", "Made by `make bench`; the numbers behind it are in `results.json`. Every repeat runs "
+             "all variants once, one after the other, so that a busy machine slows all alike: trust the ratios.", "",
+             f"{machine['processor']}, {machine['cores']} cores ({', '.join(machine['with'])}), "
+             f"{machine['memory_gb']} GB, {machine['system']}; {versions}.", "", "## What was wanted and reached", "",
+             "| what | wanted | reached |", "|---|---|---:|"]  # fmt: skip
+    for result in results["benchmarks"].values():
+        topic = result["title"].split(",")[0]
+        for target in result["targets"]:
+            lines.append(f"| {topic}: {target['what']} | {target['wanted']} | {describe(target['value'])} |")
+    for name, result in results["benchmarks"].items():
+        lines += ["", f"## {result['title']}", "", f"`python -m benchmarks.{name}`", "",
+                  f"| {result['unit']} | median | least | most | repeats |", "|---|---:|---:|---:|---:|"]  # fmt: skip
+        for variant, values in result["values"].items():
+            mark = "**" if variant == result["ours"] else ""
+            shown = (describe(f(values)) for f in (statistics.median, min, max))
+            lines.append(f"| {mark}{variant}{mark} | {' | '.join(shown)} | {len(values)} |")
+        facts = {fact: value for fact, value in result["facts"].items() if fact != "table"}
+        lines += ["", *(f"- {fact}: {json.dumps(value)}" for fact, value in facts.items())]
+        if name == "growth":
+            lines += ["", "![time a token as things grow](growth.png)"]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", choices=[*NAMES, []], help="which; all if none is given")
+    parser.add_argument("--quick", action="store_true", help="tiny models; prints, writes nothing")
+    args = parser.parse_args()
+    path = HERE / "results.json"
+    before = json.loads(path.read_text()) if path.is_file() else {}
+    results = {"machine": describe_machine(), "benchmarks": before.get("benchmarks", {})}
+    for name in args.names or NAMES:
+        print(f"benchmark: {name}", flush=True)
+        command = [sys.executable, "-m", f"benchmarks.{name}", *(["--quick"] if args.quick else [])]
+        ended = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+        results["benchmarks"][name] = json.loads(ended.stdout[ended.stdout.index("{\n") :])
+        results["benchmarks"] = {n: results["benchmarks"][n] for n in NAMES if n in results["benchmarks"]}
+        if not args.quick:  # what is measured is kept, whatever comes after
+            path.write_text(json.dumps(results, indent=2) + "\n")
+            (HERE / "README.md").write_text(write_page(results))
+    print(write_page(results))
+
+
+if __name__ == "__main__":
+    main()
