@@ -7,6 +7,7 @@ notes/04_evaluation.md explains every measure.
 """
 
 import argparse
+import functools
 import math
 from pathlib import Path
 
@@ -50,8 +51,8 @@ def parse_args(argv=None):
     add = parser.add_argument_group("machine").add_argument
     add("--batch-size", type=whole(1), default=32, help="prompts continued at once")
     add("--device", default="auto", choices=["auto", "cpu", "mps", "cuda"], help="where to compute")
-    add("--dtype", choices=["auto", "fp32", "bf16"], default="fp32",
-        help="computed in; fp32 gives figures that any other scorer finds too")  # fmt: skip
+    add("--dtype", choices=["auto", "fp32", "bf16"], default="auto",
+        help="samples are computed in; auto: bf16 if in hardware; losses are in fp32, as any scorer's")  # fmt: skip
     return parser.parse_args(argv)
 
 
@@ -227,14 +228,12 @@ def compare(args, base_name, base_dir, tuned_dir, data_dir):
     from utils.copying import RunIndex
     from utils.generation import CopyGuard
     from utils.hub import position_limit
+    from utils.layers import speed_up
     from utils.model import autocast, check_fit, load_pair, pick_device, pick_dtype
     from utils.report import render_terminal
 
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
-
-    def context():
-        return autocast(device, dtype)
 
     folders, missing = {"base": base_dir, "finetuned": tuned_dir}, []
     pairs = {name: load_pair(folder) for name, folder in folders.items()}
@@ -254,11 +253,12 @@ def compare(args, base_name, base_dir, tuned_dir, data_dir):
     for model in models.values():
         if data:
             check_fit(model, data)
-        model.to(device)
+        speed_up(model.to(device), device)
 
     settings = describe_settings(args, base_name, folders, data, dtype)
-    samples = draw_samples(args, models, tokenizer, prompts, guard, context)
-    report = measure(args, models, tokenizer, data, control, samples, prompts, missing, context)
+    samples = draw_samples(args, models, tokenizer, prompts, guard, functools.partial(autocast, device, dtype))
+    scoring = functools.partial(autocast, device, "fp32")
+    report = measure(args, models, tokenizer, data, control, samples, prompts, missing, scoring)
     report |= {"missing": missing, "settings": settings, "books": data.manifest["books"] if data else []}
     if guard:
         generated = sum(len(sample["generated_ids"]) for sample in samples)

@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from utils import style
 from utils.files import read_json
@@ -71,10 +72,36 @@ def test_draws_follow_the_softmax():
     probabilities = torch.tensor([0.5, 0.3, 0.15, 0.05])
     n = 4000
     scores = probabilities.log().expand(n, 4)
-    drawn = SeededSampling(list(range(n)))(None, scores).argmax(-1)
+    drawn = SeededSampling(list(range(n)), Decoding(top_p=1.0))(None, scores).argmax(-1)
     shares = torch.bincount(drawn, minlength=4) / n
     errors = (probabilities * (1 - probabilities) / n).sqrt()
     assert ((shares - probabilities).abs() < 4 * errors).all(), shares
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"top_p": 0.9}, {"top_p": 0.3}, {"top_p": 0.01}, {"top_p": 1.0, "top_k": 3},
+     {"top_p": 0.7, "top_k": 6, "temperature": 0.6}, {"top_p": 0.95, "temperature": 1.7}],
+)  # fmt: skip
+def test_draws_follow_transformers_top_k_and_top_p(options):
+    """5,000 draws against the probabilities that transformers' own processors leave."""
+    decoding = Decoding(**options)
+    torch.manual_seed(4)
+    scores, n = torch.randn(1, 12) * 1.5, 5000
+    expected = TemperatureLogitsWarper(decoding.temperature)(None, scores)
+    if decoding.top_k:
+        expected = TopKLogitsWarper(decoding.top_k)(None, expected)
+    probabilities = TopPLogitsWarper(decoding.top_p)(None, expected).softmax(-1)[0]
+    drawn = SeededSampling(list(range(n)), decoding)(None, scores.expand(n, 12)).argmax(-1)
+    shares = torch.bincount(drawn, minlength=12) / n
+    errors = (probabilities * (1 - probabilities) / n).sqrt()
+    assert ((shares - probabilities).abs() <= 4.5 * errors).all(), (shares, probabilities)
+
+
+def test_what_is_forbidden_is_never_drawn():
+    scores = torch.tensor([[0.0, -torch.inf, 0.0, -torch.inf]]).expand(500, 4)
+    drawn = SeededSampling(list(range(500)), Decoding(top_p=1.0))(None, scores).argmax(-1)
+    assert set(drawn.tolist()) == {0, 2}
 
 
 def test_top_k_one_is_greedy(pair, prompts):

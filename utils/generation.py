@@ -22,22 +22,39 @@ class Decoding:
 
 
 class SeededSampling:
-    """A logits processor after which the greedy choice is a random draw with the row's own seed.
+    """A logits processor after which the greedy choice is a random draw, every row with a seed of its own.
 
-    The greatest of logits + Gumbel noise is a draw from their softmax. With one generator a row, a
-    sample depends on its seed alone and not on the rows beside it, so base and fine-tuned model can be
-    given the same luck.
+    A token is drawn from all; it counts if it is among the top_k and the top_p, which the tokens likelier
+    than it tell. If not, no token as unlikely is, and the next draw is among the likelier ones. That is a
+    draw from what top-k and top-p leave, and nothing is sorted. A sample depends on its seed alone and not on
+    the rows beside it, so base and fine-tuned model can be given the same luck.
 
-    Source: Gumbel 1954; tests/test_generation.py counts the draws.
+    Source: von Neumann 1951 (rejection); tests/test_generation.py counts the draws.
     """
 
-    def __init__(self, seeds: list[int]) -> None:
+    def __init__(self, seeds: list[int], decoding: Decoding) -> None:
         self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self.decoding = decoding
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        size = scores.shape[-1]
-        noise = torch.stack([torch.empty(size).exponential_(generator=g) for g in self.generators])
-        return scores - noise.log().to(scores.device)
+        weights = (scores.float() / self.decoding.temperature).softmax(-1)
+        top_k = min(self.decoding.top_k or scores.shape[-1], scores.shape[-1])
+        mass = weights.topk(top_k).values.sum(-1) if self.decoding.top_k else weights.sum(-1)
+        if self.decoding.top_p == 1:  # rounding must not cut off what is very unlikely
+            mass = torch.full_like(mass, torch.inf)
+        drawn = torch.zeros(len(scores), 1, dtype=torch.long, device=scores.device)
+        rows = torch.arange(len(scores), device=scores.device)
+        while len(rows):
+            luck = [torch.rand(1, generator=self.generators[row], dtype=torch.float64) for row in rows.tolist()]
+            cumulative = weights.cumsum(-1, dtype=torch.float64)
+            places = torch.stack(luck).to(scores.device) * cumulative[:, -1:]
+            found = torch.searchsorted(cumulative, places, right=True).clamp(max=scores.shape[-1] - 1)
+            likelier = weights > weights.gather(1, found)
+            weights = weights * likelier
+            counts = (weights.sum(-1) < self.decoding.top_p * mass) & (likelier.sum(-1) < top_k)
+            drawn[rows] = found
+            rows, weights, mass = rows[~counts], weights[~counts], mass[~counts]
+        return torch.full_like(scores, -torch.inf).scatter_(1, drawn, 0.0)
 
 
 class CopyGuard:
@@ -96,13 +113,7 @@ def generate_ids(
     Returns:
         New token ids of each prompt, without the end-of-text token.
     """
-    from transformers import (
-        GenerationConfig,
-        LogitsProcessorList,
-        TemperatureLogitsWarper,
-        TopKLogitsWarper,
-        TopPLogitsWarper,
-    )
+    from transformers import GenerationConfig, LogitsProcessorList
 
     longest = max(map(len, prompts))
     input_ids = torch.full((len(prompts), longest), eos_token_id)
@@ -112,12 +123,7 @@ def generate_ids(
         attention_mask[row, longest - len(ids) :] = 1
     processors = LogitsProcessorList([guard] if guard else [])  # first: what is cut off is shared among the rest
     if decoding.do_sample and decoding.temperature > 0:
-        processors.append(TemperatureLogitsWarper(float(decoding.temperature)))
-        if decoding.top_k > 0:
-            processors.append(TopKLogitsWarper(min(decoding.top_k, model.config.vocab_size)))
-        if decoding.top_p < 1:
-            processors.append(TopPLogitsWarper(decoding.top_p))
-        processors.append(SeededSampling(seeds))
+        processors.append(SeededSampling(seeds, decoding))
     config = GenerationConfig(
         max_new_tokens=decoding.max_new_tokens,
         do_sample=False,  # the draw is SeededSampling's
