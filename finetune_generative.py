@@ -8,7 +8,7 @@ A manual AdamW loop: nothing is hidden in a trainer. The best model by held-out 
 
 import math
 import time
-from contextlib import closing
+from contextlib import closing, nullcontext
 from pathlib import Path
 
 from utils.cli import Parser, StopSignal, UserError, auto_or, device_name, print_table, real_number, run, warn
@@ -171,6 +171,7 @@ def train(args, plan, model, tokenizer, data, optimizer, state):
 
     from utils.checkpoint import save_best, save_checkpoint
     from utils.cli import ignore_signals
+    from utils.evaluation import describe_result
     from utils.failure import require_finite
     from utils.metrics import MetricsLog
     from utils.model import DTYPES
@@ -194,7 +195,7 @@ def train(args, plan, model, tokenizer, data, optimizer, state):
                     if is_better(result, state, plan.probe.limit):
                         save_best(args.output_dir, model, tokenizer, DTYPES[args.save_dtype])
                     log.write(state.step, result)
-                    tqdm.write(f"step {state.step}: {describe(result)}{sample(args, plan, model, tokenizer)}")
+                    tqdm.write(f"step {state.step}: {describe_result(result)}{sample(args, plan, model, tokenizer)}")
                     last = last or state.evals_without_gain == (args.early_stopping_patience or math.inf)
             state.seconds, state.finished = time.monotonic() - started, last and state.evaluated_step == state.step
             if last or stopping or (state.step % plan.save_every == 0 and state.step > resumed_at):  # 2 save
@@ -263,14 +264,6 @@ def is_better(result, state, max_copy_rate):
     return better
 
 
-def describe(result):
-    if not result:
-        return "no validation blocks"
-    copied = f", copied {result['eval/copy_rate']:.1%}" if "eval/copy_rate" in result else ""
-    return (f"validation loss {result['eval/loss']:.4f}, perplexity {result['eval/perplexity']:.2f}, "
-            f"bits per byte {result['eval/bits_per_byte']:.4f}{copied}")  # fmt: skip
-
-
 def sample(args, plan, model, tokenizer):
     """Continue the fixed prompt with a fixed seed; training's random numbers are not touched."""
     from utils.generation import Decoding, encode_prompt, generate_ids
@@ -334,13 +327,13 @@ def finetune(args):
 
     device, data = pick_device(args.device), open_blocks(args.data_dir)
     set_deterministic(args.deterministic)
-    plan = Plan(args, data, device)
     base, folder = find_base(args, data)
     settings = settings_of(args, data, base, folder)
     checkpoint = find_unfinished(args, settings)
     if not args.dry_run:
         sweep(args.output_dir)
     state = checkpoints.read_state(checkpoint) if checkpoint else checkpoints.TrainState()
+    plan = Plan(args, data, device, state.machine)
     if state.finished:
         if not args.dry_run:
             checkpoints.remove_older(checkpoint, args.keep_checkpoints)
@@ -355,7 +348,9 @@ def finetune(args):
         model, tokenizer = load_base(args, data, base, folder)
     if args.dropout is not None:
         set_dropout(model, args.dropout)
-    speed_up(model.to(device), device, args.compile)
+    model.to(device)
+    if plan.layers == "fast":
+        speed_up(model, device, args.compile)
     betas = (args.adam_beta1, args.adam_beta2)
     optimizer = build_optimizer(model, args.learning_rate, args.weight_decay, betas, args.adam_epsilon)
     plan.probe = CopyProbe(args, data, model, tokenizer)
@@ -396,9 +391,7 @@ def main():
     is_ours = (args.output_dir / "run_config.json").is_file()
     inputs = [args.data_dir, args.model_name or prepared_for or ""]
     check_output_dir(args.output_dir, is_ours, "finetune_generative.py", args.overwrite, inputs)
-    if args.dry_run:
-        return finetune(args)
-    with lock(args.output_dir, "train"):
+    with nullcontext() if args.dry_run else lock(args.output_dir, "train"):
         return finetune(args)
 
 

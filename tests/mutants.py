@@ -85,7 +85,7 @@ GUARDS = [
     ("finetune_generative.py", '    require_finite(state, None, **{"validation loss"', '    dict(**{"validation loss"'),
     ("finetune_generative.py", "        checkpoints.restore_random_state(", "        str("),
     ("finetune_generative.py", "        checkpoints.restore_optimizer(model, optimizer, ", "        str("),
-    ("finetune_generative.py", '    with lock(args.output_dir, "train"):\n', "    if True:\n"),
+    ("finetune_generative.py", 'else lock(args.output_dir, "train"):', "else nullcontext():"),
     ("finetune_generative.py", "                        generator=torch.Generator(), ", "                        "),
     ("finetune_generative.py", ", worker_init_fn=ignore_signals", ""),
     ("finetune_generative.py", "        sweep(args.output_dir)\n", "        pass\n"),

@@ -239,11 +239,11 @@ def test_settings_are_compared_by_name(tmp_path):
 
 
 def test_another_machine_is_noted_once(capsys):
-    state, plan = TrainState(), SimpleNamespace(device=torch.device("cpu"), micro_batch_size=4)
+    state, plan = TrainState(), SimpleNamespace(device=torch.device("cpu"), micro_batch_size=4, layers="fast")
     checkpoint.note_machine(state, plan)
     assert capsys.readouterr().err == ""
     assert state.machine == checkpoint.describe_machine(plan)
-    assert state.machine.keys() == {"threads", "torch", "device", "processor", "micro_batch_size"}
+    assert state.machine.keys() == {"threads", "torch", "device", "processor", "micro_batch_size", "layers"}
     state.machine |= {"threads": 77, "torch": "0.1"}
     checkpoint.note_machine(state, plan)
     says = f"threads {torch.get_num_threads()}, was 77; torch {torch.__version__}, was 0.1"

@@ -176,7 +176,8 @@ def test_slow_saving_is_done_more_rarely_unless_asked_for(case, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("seconds", "said"), [(0.2, "0 s"), (99, "99 s"), (100, "2 min"), (3599, "1 h 0 min"), (12_000, "3 h 20 min")]
+    ("seconds", "said"),
+    [(0.2, "0 s"), (99, "99 s"), (150, "2 min 30 s"), (3599.7, "1 h 0 min"), (12_000, "3 h 20 min")],
 )
 def test_durations_as_a_person_says_them(seconds, said):
     assert forecast.format_seconds(seconds) == said

@@ -101,7 +101,8 @@ def save_best(output_dir: Path, model, tokenizer, dtype: torch.dtype) -> None:
 def describe_machine(plan) -> dict:
     """Return what must be equal for a continued run to be equal to the bit."""
     return {"threads": torch.get_num_threads(), "torch": torch.__version__, "device": plan.device.type,
-            "processor": platform.machine(), "micro_batch_size": plan.micro_batch_size}  # fmt: skip
+            "processor": platform.machine(), "layers": plan.layers,
+            "micro_batch_size": plan.micro_batch_size}  # fmt: skip
 
 
 def note_machine(state: TrainState, plan) -> None:

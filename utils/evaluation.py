@@ -70,6 +70,15 @@ def summarize_loss(loss_sum: float, n_targets: int, bytes_per_token: float) -> d
     }
 
 
+def describe_result(result: dict[str, float]) -> str:
+    """Put an evaluation into a line."""
+    if not result:
+        return "no validation blocks"
+    copied = f", copied {result['eval/copy_rate']:.1%}" if "eval/copy_rate" in result else ""
+    return (f"validation loss {result['eval/loss']:.4f}, perplexity {result['eval/perplexity']:.2f}, "
+            f"bits per byte {result['eval/bits_per_byte']:.4f}{copied}")  # fmt: skip
+
+
 def cut_blocks(text: str, tokenizer, block_size: int):
     """Tokenize a text into whole blocks.
 

@@ -48,9 +48,14 @@ def explain(error: Exception, args, state, saved: list[Path]) -> UserError | Non
     return UserError(f"{what}{at}; {safe}; {advice}", code)
 
 
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Say whether no value is NaN or infinite: least and greatest tell, in one pass that allocates nothing."""
+    return not tensor.numel() or all(value.isfinite() for value in tensor.aminmax())
+
+
 def refuse_not_finite(model, optimizer=None) -> None:
     """Raise before a value that is not finite reaches a file, where it would spoil every later run."""
     for name, parameter in model.named_parameters():
         for tensor in (parameter, *(optimizer.state.get(parameter, {}).values() if optimizer else ())):
-            if not tensor.isfinite().all():
+            if not is_finite(tensor):
                 raise UserError(f"{name} has a value that is not a finite number", EXIT_DIVERGED)

@@ -11,6 +11,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -165,12 +166,14 @@ def building(folder: Path, size: int, what: str) -> Iterator[Path]:
 
 def _seal(partial: Path, manifest: dict) -> None:
     """Describe what was built in its manifest, and force all of it to the disk, the manifest last."""
-    manifest["files"] = describe_files(partial)
     os.umask(mask := os.umask(0o077))  # the system tells the umask only in exchange for a new one
-    for path in sorted(partial.rglob("*")):
-        if path.is_file():
-            path.chmod(0o666 & ~mask)  # safetensors makes its files private whatever the umask
-        sync(path)
+    with ThreadPoolExecutor(1) as beside:
+        described = beside.submit(describe_files, partial)  # the processor's work, while the disk does its own
+        for path in sorted(partial.rglob("*")):
+            if path.is_file():
+                path.chmod(0o666 & ~mask)  # safetensors makes its files private whatever the umask
+            sync(path)
+        manifest["files"] = described.result()
     write_sealed(partial, manifest)
 
 
@@ -245,11 +248,13 @@ def _digest(manifest: dict) -> str:
 
 def describe_files(folder: Path) -> dict[str, dict]:
     """List every file below a folder but its manifest: relative name, size in bytes and sha256."""
-    return {
-        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": hash_file(path)}
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path != folder / MANIFEST
-    }
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and path != folder / MANIFEST]
+    with ThreadPoolExecutor() as pool:
+        hashes = pool.map(hash_file, paths)
+        return {
+            path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256}
+            for path, sha256 in zip(paths, hashes, strict=True)
+        }
 
 
 def verify_folder(folder: Path) -> str | None:

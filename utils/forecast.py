@@ -15,7 +15,6 @@ import torch
 
 from utils.checkpoint import checkpoint_bytes
 from utils.cli import warn
-from utils.evaluation import score_blocks
 from utils.generation import Decoding, generate_ids
 from utils.optim import set_lr
 
@@ -28,8 +27,8 @@ CALIBRATION_STEPS = 3
 CALIBRATION_SHARE = 0.01  # of the run: a long one is measured for longer than three steps
 CALIBRATION_TOKENS = 8
 SAVED_BYTES_PER_SECOND = 6e8  # written, hashed and synced; a solid-state disk, measured
-# A checkpoint of a second or more is written when forty times as long has been trained.
-NOTICED_SECONDS, SAVING_FACTOR = 1.0, 40
+# A checkpoint that takes a second or more is written when fifty times as long has been trained.
+NOTICED_SECONDS, SAVING_FACTOR = 1.0, 50
 
 
 @dataclass
@@ -48,11 +47,11 @@ class Forecast:
 
 
 def format_seconds(seconds: float) -> str:
-    """Write a duration as a person says it: 45 s, 12 min, 3 h 20 min."""
+    """Write a duration as a person says it: 45 s, 2 min 30 s, 3 h 20 min."""
     if seconds < 100:
         return f"{seconds:.0f} s"
-    hours, minutes = divmod(round(seconds / 60), 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def free_bytes(device: torch.device) -> int:
@@ -116,7 +115,8 @@ def pick_micro_batch(args, plan, model, data, state) -> int:
     a_block = max(both - one, 1) if len(blocks) == 2 else one  # weights in bf16 are kept in both
     training = 4 * checkpoint_bytes(model) // 3  # gradients, two averages, weights in bf16 and something over
     fits = max(0, math.floor((USABLE * free_bytes(plan.device) - training) / (TEMPORARY * a_block)))
-    given = args.micro_batch_size or state.machine.get("micro_batch_size")
+    before = state.machine.get("micro_batch_size", args.batch_size) if state.machine else None
+    given = args.micro_batch_size or before
     wanted = min(args.batch_size, given or enough)
     if wanted > fits:
         needed = (training + TEMPORARY * a_block * (wanted if given else 1)) / 1e9
@@ -195,11 +195,14 @@ def time_evaluation(args, plan, model, data, watch: Stopwatch) -> float:
     """Return the seconds of an evaluation: a few blocks scored and a few tokens drawn, times what there is."""
     if not len(data.validation):
         return 0.0
-    some = data.validation.select(range(min(args.eval_batch_size, len(data.validation))))
-    score_blocks(model, some, args.eval_batch_size, plan.autocast)
-    watch.look()
-    score_blocks(model, some, args.eval_batch_size, plan.autocast)
-    seconds = watch.look() * len(data.validation) / len(some)
+    some = data.validation[: args.eval_batch_size]["input_ids"].to(model.device)
+    model.eval()
+    for _ in range(2):  # the first makes room
+        watch.look()
+        with torch.no_grad(), plan.autocast():
+            model(input_ids=some, labels=some, use_cache=False)
+        seconds = watch.look() * len(data.validation) / len(some)
+    model.train()
     drawn = [(plan.probe.prompts, plan.probe.new_tokens), ([[0]], args.sample_tokens)]
     for prompts, new_tokens in drawn:
         if prompts and new_tokens:

@@ -13,6 +13,7 @@ import torch
 from transformers.utils import logging
 
 from utils.cli import UserError
+from utils.failure import is_finite
 from utils.files import MANIFEST, read_json, verify_folder
 from utils.hub import position_limit, read_config
 from utils.tokens import load_tokenizer
@@ -198,7 +199,7 @@ def set_dropout(model, rate: float) -> None:
 
 def first_not_finite(model) -> str | None:
     """Name the first tensor that holds NaN or infinity."""
-    return next((name for name, p in model.named_parameters() if not p.isfinite().all()), None)
+    return next((name for name, p in model.named_parameters() if not is_finite(p)), None)
 
 
 def count_parameters(model) -> int:

@@ -11,15 +11,23 @@ class Plan:
     """The way of a training, from its flags, its data and its device.
 
     What the model must be there for comes later: the copy probe, and how many blocks it takes at once.
+
+    Args:
+        args: the flags.
+        data: Blocks.
+        device: to compute on.
+        begun_on: what the state of a run that goes on says of its machine.
     """
 
-    def __init__(self, args, data, device: torch.device) -> None:
+    def __init__(self, args, data, device: torch.device, begun_on: dict | None = None) -> None:
         self.device, self.dtype = device, pick_dtype(args.dtype, device)
         self.order = BatchOrder(len(data.train), args.batch_size, args.grad_accum_steps, args.seed)
         self.max_steps = args.max_steps or args.epochs * self.order.steps_per_epoch
         self.eval_every = args.eval_every or max(1, self.max_steps // 10)
         self.save_every = args.save_every or self.eval_every
         self.schedule = build_schedule(args.lr_schedule, args.learning_rate, self.max_steps, args.warmup_ratio)
+        # A run begun before there were faster layers goes on without them, to the same end.
+        self.layers = begun_on.get("layers", "plain") if begun_on else "fast"
         self.micro_batch_size, self.probe = args.batch_size, None
 
     def autocast(self):
