@@ -45,6 +45,25 @@ def describe(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
+def list_targets(results: dict) -> list[str]:
+    """Return the lines of the table of what was wanted and what was reached."""
+    lines = ["| what | wanted | reached |", "|---|---|---:|"]
+    for result in results["benchmarks"].values():
+        topic = result["title"].split(",")[0]
+        for target in result["targets"]:
+            lines.append(f"| {topic}: {target['what']} | {target['wanted']} | {describe(target['value'])} |")
+    return lines
+
+
+def show_in_readme(results: dict) -> None:
+    """Put that table between the marks in the project's README."""
+    path = HERE.parent / "README.md"
+    before, rest = path.read_text(encoding="utf-8").split("<!-- benchmarks -->\n", 1)
+    after = rest.split("<!-- /benchmarks -->", 1)[1]
+    table = "\n".join(list_targets(results))
+    path.write_text(f"{before}<!-- benchmarks -->\n{table}\n<!-- /benchmarks -->{after}", encoding="utf-8")
+
+
 def write_page(results: dict) -> str:
     """Put the results into Markdown: targets first, then medians and spread."""
     machine = results["machine"]
@@ -53,11 +72,7 @@ def write_page(results: dict) -> str:
              "all variants once, one after the other, so that a busy machine slows all alike: trust the ratios.", "",
              f"{machine['processor']}, {machine['cores']} cores ({', '.join(machine['with'])}), "
              f"{machine['memory_gb']} GB, {machine['system']}; {versions}.", "", "## What was wanted and reached", "",
-             "| what | wanted | reached |", "|---|---|---:|"]  # fmt: skip
-    for result in results["benchmarks"].values():
-        topic = result["title"].split(",")[0]
-        for target in result["targets"]:
-            lines.append(f"| {topic}: {target['what']} | {target['wanted']} | {describe(target['value'])} |")
+             *list_targets(results)]  # fmt: skip
     for name, result in results["benchmarks"].items():
         lines += ["", f"## {result['title']}", "", f"`python -m benchmarks.{name}`", "",
                   f"| {result['unit']} | median | least | most | repeats |", "|---|---:|---:|---:|---:|"]  # fmt: skip
@@ -89,6 +104,7 @@ def main() -> None:
         if not args.quick:  # what is measured is kept, whatever comes after
             path.write_text(json.dumps(results, indent=2) + "\n")
             (HERE / "README.md").write_text(write_page(results))
+            show_in_readme(results)
     print(write_page(results))
 
 

@@ -98,6 +98,11 @@ def test_draws_follow_transformers_top_k_and_top_p(options):
     assert ((shares - probabilities).abs() <= 4.5 * errors).all(), (shares, probabilities)
 
 
+def test_a_diverged_models_scores_come_to_an_end():
+    scores = torch.full((3, 8), torch.nan)
+    assert SeededSampling([1, 2, 3], Decoding())(None, scores).shape == (3, 8)
+
+
 def test_what_is_forbidden_is_never_drawn():
     scores = torch.tensor([[0.0, -torch.inf, 0.0, -torch.inf]]).expand(500, 4)
     drawn = SeededSampling(list(range(500)), Decoding(top_p=1.0))(None, scores).argmax(-1)

@@ -100,7 +100,7 @@ def test_attention_is_sdpas_but_for_what_is_dropped(scaling, monkeypatch):
     torch.manual_seed(2)
     query, key, value = (torch.randn(2, 3, 10, 8).transpose(1, 2).contiguous().transpose(1, 2) for _ in range(3))
     module = torch.nn.Module()
-    module.is_causal = True
+    module.is_causal = module.drops_cheaply = True
     expected, _ = sdpa_attention_forward(module, query, key, value, None, scaling=scaling)
     drops = []
     monkeypatch.setattr(layers, "drop", lambda weights, rate: drops.append(rate) or weights)
@@ -113,7 +113,7 @@ def test_attention_is_sdpas_but_for_what_is_dropped(scaling, monkeypatch):
 def test_attention_with_a_mask_or_without_dropout_is_left_to_sdpa(monkeypatch):
     monkeypatch.setattr(layers, "drop", None)
     module = torch.nn.Module()
-    module.is_causal = True
+    module.is_causal = module.drops_cheaply = True
     query = torch.randn(1, 2, 5, 4)
     mask = torch.ones(1, 1, 5, 5, dtype=torch.bool)
     for attention_mask, dropout in ((mask, 0.5), (None, 0.0)):
@@ -134,7 +134,10 @@ def test_a_model_in_training_attends_with_our_dropout(pair, monkeypatch):
     input_ids = torch.ones(1, 8, dtype=torch.long)
     model(input_ids=input_ids, labels=input_ids)
     assert rates.count((torch.Size([8, 8]), 0.5)) == 2
-    model.eval()
     rates.clear()
+    pair[0].transformer.h[0].attn.attn_dropout.p = 0.5
+    pair[0](input_ids=input_ids, labels=input_ids)
+    assert not rates, "another model of this process has its own dropout"
+    model.eval()
     model(input_ids=input_ids, labels=input_ids)
     assert not rates

@@ -51,9 +51,10 @@ class SeededSampling:
             found = torch.searchsorted(cumulative, places, right=True).clamp(max=scores.shape[-1] - 1)
             likelier = weights > weights.gather(1, found)
             weights = weights * likelier
-            counts = (weights.sum(-1) < self.decoding.top_p * mass) & (likelier.sum(-1) < top_k)
+            # Not the other way round: where a diverged model gives NaN, no comparison holds, and any token will do.
+            again = (weights.sum(-1) >= self.decoding.top_p * mass) | (likelier.sum(-1) >= top_k)
             drawn[rows] = found
-            rows, weights, mass = rows[~counts], weights[~counts], mass[~counts]
+            rows, weights, mass = rows[again], weights[again], mass[again]
         return torch.full_like(scores, -torch.inf).scatter_(1, drawn, 0.0)
 
 

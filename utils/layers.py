@@ -31,6 +31,8 @@ def speed_up(model, device: torch.device, compiled: bool = False) -> None:
                 faster = CheapDropout(child.p)
             if faster:
                 setattr(module, name, faster.train(child.training))
+        if slow_dropout and hasattr(module, "is_causal"):
+            module.drops_cheaply = True  # attend() is called for every model of this process
         if compiled and isinstance(module, GradientCheckpointingLayer):  # what transformers' models are stacked from
             module.compile()
     if slow_dropout:
@@ -71,8 +73,8 @@ def attend(module, query, key, value, attention_mask, dropout=0.0, scaling=None,
     """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    plain = attention_mask is None and module.is_causal and query.shape == key.shape
-    if not dropout or not plain or query.device.type != "cpu":
+    wanted = dropout and getattr(module, "drops_cheaply", False) and query.device.type == "cpu"
+    if not wanted or attention_mask is not None or not module.is_causal or query.shape != key.shape:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options
         )
