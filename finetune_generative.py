@@ -317,7 +317,7 @@ def finetune(args):
     from utils import forecast
     from utils.data import open_blocks
     from utils.evaluation import CopyProbe
-    from utils.failure import explain
+    from utils.failure import explained
     from utils.files import require_space, sweep
     from utils.layers import speed_up
     from utils.metrics import write_results
@@ -354,8 +354,9 @@ def finetune(args):
     betas = (args.adam_beta1, args.adam_beta2)
     optimizer = build_optimizer(model, args.learning_rate, args.weight_decay, betas, args.adam_epsilon)
     plan.probe = CopyProbe(args, data, model, tokenizer)
-    plan.micro_batch_size = forecast.pick_micro_batch(args, plan, model, data, state)
-    expected = forecast.calibrate(args, plan, model, optimizer, data, state.step, backward)
+    with explained(args, state, checkpoints.list_checkpoints):
+        plan.micro_batch_size = forecast.pick_micro_batch(args, plan, model, data, state)
+        expected = forecast.calibrate(args, plan, model, optimizer, data, state.step, backward)
     print_settings(args, plan, data, model, base, expected)
     if args.dry_run:
         return 0
@@ -367,12 +368,9 @@ def finetune(args):
         start_run(args, settings, data, base, plan, model, tokenizer)
     checkpoints.note_machine(state, plan)
 
-    try:
+    with explained(args, state, checkpoints.list_checkpoints):
         stopped_by = train(args, plan, model, tokenizer, data, optimizer, state)
         results = write_results(args.output_dir, state, plan.max_steps)
-    except Exception as error:
-        explained = explain(error, args, state, checkpoints.list_checkpoints(args.output_dir))
-        raise explained or error from None
     if stopped_by:
         print(f"stopped at step {state.step} of {plan.max_steps}, saved; the same command goes on from here")
         return 128 + stopped_by

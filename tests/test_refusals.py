@@ -913,8 +913,10 @@ def infinite_gradient(original):
 SAFE = "checkpoint-2 is safe; "
 GOES_ON = "the same command goes on from there"
 FAILURES = [
-    ("F56", "transformers.GPT2LMHeadModel.forward", fail_at(6, torch.OutOfMemoryError("CUDA out of memory")), [], 3,
+    ("F56", "transformers.GPT2LMHeadModel.forward", fail_at(14, torch.OutOfMemoryError("CUDA out of memory")), [], 3,
      ("out of GPU memory (batch 2) at step ", "is safe; ", "try --batch-size 1")),
+    ("F56-first", "transformers.GPT2LMHeadModel.forward", fail_at(3, torch.OutOfMemoryError("CUDA")), [], 3,
+     ("out of GPU memory (batch 2) at step 0; ", "no checkpoint yet; ", "try --batch-size 1")),
     ("F73", "utils.checkpoint.save_optimizer", fail_at(2, OSError(errno.ENOSPC, "full")), [], 3,
      ("no space left on device", " at step 4; ", SAFE + GOES_ON)),
     ("F74-device", "utils.checkpoint.save_optimizer", fail_at(2, OSError(errno.EIO, "bad")), [], 3,

@@ -1,6 +1,8 @@
 """How a training ends badly: values that are not finite, and words for what the machine did."""
 
 import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -46,6 +48,15 @@ def explain(error: Exception, args, state, saved: list[Path]) -> UserError | Non
     at = "" if "at step" in what else f" at step {state.step}"
     safe = f"{saved[0].name} is safe" if saved else "no checkpoint yet"
     return UserError(f"{what}{at}; {safe}; {advice}", code)
+
+
+@contextmanager
+def explained(args, state, list_checkpoints: Callable[[Path], list[Path]]) -> Iterator[None]:
+    """Put what explain() says in the place of what is raised inside; arguments as there."""
+    try:
+        yield
+    except Exception as error:
+        raise explain(error, args, state, list_checkpoints(args.output_dir)) or error from None
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
