@@ -1,5 +1,6 @@
 """What is said before a run: the micro-batch that fits, time, memory, disk; and that saying it leaves no trace."""
 
+import gc
 import json
 import math
 from types import SimpleNamespace
@@ -98,6 +99,18 @@ def test_a_gradient_that_is_not_finite_is_left_to_the_loop(case):
     _, optimizer = calibrate(case)
     assert not optimizer.state
     assert case.model.transformer.h[0].ln_1.weight.isfinite().all()
+
+
+def test_counting_activations_keeps_none(case):
+    def n_tensors():
+        gc.collect()
+        return sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects())
+
+    blocks = case.data.train[:2]["input_ids"]
+    forecast.count_activations(case.model, case.plan, blocks)  # what the first call makes for good is there
+    before = n_tensors()
+    assert forecast.count_activations(case.model, case.plan, blocks) > 0
+    assert n_tensors() == before
 
 
 def test_micro_batch_is_what_is_of_use_and_what_fits(case, monkeypatch, capsys):

@@ -24,7 +24,8 @@ ENOUGH_TOKENS_ELSEWHERE = 16_384
 USABLE = 0.8  # of the free memory: other programs use it too
 TEMPORARY = 1.25  # what a backward pass takes, in times of what the forward pass has kept for it
 CALIBRATION_STEPS = 3
-CALIBRATION_SHARE = 0.01  # of the run: a long one is measured for longer than three steps
+# Of the run: a long one is measured for longer than three steps, but nobody waits long for a forecast.
+CALIBRATION_SHARE, CALIBRATION_SECONDS = 0.01, 10
 CALIBRATION_TOKENS = 8
 SAVED_BYTES_PER_SECOND = 6e8  # written, hashed and synced; a solid-state disk, measured
 # A checkpoint that takes a second or more is written when fifty times as long has been trained.
@@ -89,13 +90,13 @@ def count_activations(model, plan, input_ids: torch.Tensor) -> int:
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept = {}
 
-    def note(tensor: torch.Tensor) -> torch.Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
+    def note(tensor: torch.Tensor) -> None:
+        # The memory alone, without its graph: a graph that keeps its own result is never freed.
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
 
-    with plan.autocast(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+    with plan.autocast(), torch.autograd.graph.saved_tensors_hooks(note, lambda nothing: nothing):
         model(input_ids=input_ids, labels=input_ids, use_cache=False)
-    return sum(size for place, size in kept.items() if place not in weights)
+    return sum(storage.nbytes() for place, storage in kept.items() if place not in weights)
 
 
 def pick_micro_batch(args, plan, model, data, state) -> int:
@@ -177,7 +178,9 @@ def time_steps(args, plan, model, optimizer, data, backward, n_left: int) -> tup
     blocks = data.train[: plan.micro_batch_size]["input_ids"].to(model.device)
     passes, updates = [], []
     watch, n_micro_batches = Stopwatch(plan.device), n_left * plan.order.per_update / len(blocks)
-    while len(passes) < CALIBRATION_STEPS or sum(passes[1:]) < CALIBRATION_SHARE * passes[-1] * n_micro_batches:
+    while len(passes) < CALIBRATION_STEPS or sum(passes[1:]) < min(
+        CALIBRATION_SHARE * passes[-1] * n_micro_batches, CALIBRATION_SECONDS
+    ):
         with plan.autocast():
             backward(model, blocks, len(blocks))
         passes.append(watch.look())
