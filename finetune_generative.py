@@ -323,8 +323,9 @@ def finetune(args):
     from utils.metrics import write_results
     from utils.model import load_pair, pick_device, set_deterministic, set_dropout
     from utils.optim import build_optimizer
-    from utils.plan import Plan
+    from utils.plan import Plan, keep_freed_memory
 
+    keep_freed_memory()
     device, data = pick_device(args.device), open_blocks(args.data_dir)
     set_deterministic(args.deterministic)
     base, folder = find_base(args, data)
