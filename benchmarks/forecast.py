@@ -1,7 +1,6 @@
 """Forecast: what --dry-run says beside what the run then takes, in four settings."""
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -9,7 +8,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.timing import main
+from benchmarks.timing import main, run_alone
 
 SHAPE = {"model_type": "gpt2", "n_positions": 128, "n_embd": 768, "n_layer": 12, "n_head": 12}
 SETTINGS = {
@@ -20,18 +19,6 @@ SETTINGS = {
     "GPT-2's shape from scratch, 10 updates": ["--from-scratch", "{shape}", "--max-steps", "10", "--eval-every", "10"],
 }  # fmt: skip
 SIZES = {"s": 1, "min": 60, "h": 3600}
-
-
-def run(*flags: str) -> tuple[str, float]:
-    """Run finetune_generative.py; return its output and the peak of its resident memory in gigabytes."""
-    with tempfile.TemporaryFile("w+") as out:
-        child = subprocess.Popen([sys.executable, "finetune_generative.py", *flags], stdout=out, stderr=out)
-        _, status, usage = os.wait4(child.pid, 0)
-        out.seek(0)
-        text = out.read()
-    if status:
-        raise RuntimeError(text)
-    return text, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
 def measure(quick: bool) -> dict:
@@ -47,11 +34,11 @@ def measure(quick: bool) -> dict:
             flags += ["--data-dir", str(folder / "blocks"), "--output-dir", str(folder / "run"), "--overwrite"]
             if quick:
                 flags += ["--max-steps", "6", "--copy-samples", "2"]
-            said, _ = run(*flags, "--dry-run")
+            said, _ = run_alone("finetune_generative.py", *flags, "--dry-run")
             duration, memory = re.search(r"will take +about (.+?) for .*?, ([\d.]+) GB of memory", said).groups()
             seconds = sum(int(n) * SIZES[unit] for n, unit in re.findall(r"(\d+) (s|min|h)\b", duration))
             started = time.perf_counter()
-            _, peak = run(*flags)
+            _, peak = run_alone("finetune_generative.py", *flags)
             taken = json.loads((folder / "run/all_results.json").read_text())["train_runtime"]
             facts[setting] = {"whole command, s": round(time.perf_counter() - started, 1)}
             for key, value in zip(values, (seconds, taken, float(memory), peak), strict=True):

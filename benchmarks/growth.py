@@ -53,6 +53,9 @@ def prepare_call(folder: Path, megabytes: float):
 
 def measure(quick: bool) -> dict:
     """Time each point of five series in turn; microseconds a token."""
+    from utils.plan import keep_freed_memory
+
+    keep_freed_memory()
     small = {"n_layer": 2, "n_embd": 64, "n_head": 2, "vocab_size": 1000}
     medium, tokens = (small if quick else MEDIUM), TOKENS
     series: dict[str, dict[str, tuple]] = {"block size, tokens": {}, "blocks at once": {}, "parameters": {}}

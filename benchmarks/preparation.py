@@ -2,14 +2,11 @@
 
 import os
 import random
-import resource
 import statistics
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
-from benchmarks.timing import interleave, main
+from benchmarks.timing import interleave, main, run_alone
 
 SPLIT = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""  # GPT-2's, published with it
 
@@ -47,9 +44,8 @@ def load_gpt2(folder: Path):
 
 def peak_gigabytes(books: Path, folder: Path) -> float:
     """Return the peak resident memory of prepare_data.py over a file or a folder of books."""
-    command = [sys.executable, "prepare_data.py", "--model-name", "results/base_model", "--input-path", books]
-    subprocess.run([*command, "--output-dir", folder / "blocks", "--overwrite"], check=True, capture_output=True)
-    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+    flags = ["--model-name", "results/base_model", "--input-path", books, "--output-dir", folder / "blocks"]
+    return run_alone("prepare_data.py", *flags, "--overwrite")[1]
 
 
 def measure(quick: bool) -> dict:

@@ -25,7 +25,9 @@ def measure(quick: bool) -> dict:
     from utils.layers import speed_up
     from utils.model import autocast, pick_dtype
     from utils.optim import build_optimizer
+    from utils.plan import keep_freed_memory
 
+    keep_freed_memory()
     device, tokenizer = torch.device("cpu"), AutoTokenizer.from_pretrained(BASE)
     model = GPT2LMHeadModel(GPT2Config(**(TINY if quick else {}))).train()
     speed_up(model, device)

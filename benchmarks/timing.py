@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -22,6 +24,24 @@ def interleave(variants: dict[str, Callable[[], Any]], repeats: int) -> dict[str
             call()
             seconds[name].append(time.perf_counter() - started)
     return seconds
+
+
+def run_alone(*command) -> tuple[str, float]:
+    """Run a command to its end; return what it printed and the peak of its resident memory in gigabytes.
+
+    A small process starts it: a child's figure begins with the memory of the process that it is forked from.
+
+    Raises:
+        RuntimeError: it failed; with its last lines.
+    """
+    starter = "import resource, subprocess, sys; code = subprocess.run(sys.argv[1:]).returncode; " \
+        "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss); sys.exit(code)"  # fmt: skip
+    words = [sys.executable, "-c", starter, sys.executable, *map(str, command)]
+    ended = subprocess.run(words, capture_output=True, text=True, check=False)
+    if ended.returncode:
+        raise RuntimeError(ended.stderr[-2000:])
+    printed, peak = ended.stdout.rstrip().rsplit("\n", 1) if "\n" in ended.stdout.rstrip() else ("", ended.stdout)
+    return printed, int(peak) * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
 def main(measure: Callable[[bool], dict]) -> None:

@@ -38,14 +38,17 @@ class Plan:
         return autocast(self.device, self.dtype)
 
 
-def keep_freed_memory() -> None:
+def keep_freed_memory(most: int = 2**30) -> None:
     """Have the C library keep freed memory for this process; does nothing where it is not glibc.
 
-    By default every tensor of more than 32 MB, such as a batch's logits, is given back to the system and comes again
-    page by page, each filled with zeros first: a tenth of a training's time on a CPU.
+    By itself it gives every tensor of more than 32 MB, such as a batch's logits, back to the system, from where it
+    comes again page by page, each filled with zeros first: a tenth of a training's time on a CPU.
+
+    Args:
+        most: bytes of the largest tensor that is kept.
     """
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if hasattr(libc, "mallopt"):
         map_threshold, trim_threshold = -3, -1  # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD in malloc.h
-        libc.mallopt(map_threshold, 2**30)
-        libc.mallopt(trim_threshold, 2**31 - 1)
+        libc.mallopt(map_threshold, most)
+        libc.mallopt(trim_threshold, min(2 * most, 2**31 - 1))
