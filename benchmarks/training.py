@@ -134,7 +134,7 @@ def measure(quick: bool) -> dict:
     values: dict[str, list[float]] = {name: [] for name in ("this project", DEFAULTS, TUNED, ROOFLINE)}
     peaks: dict[str, list[float]] = {name: [] for name in VARIANTS}
     micro_batch_size = None
-    for _ in range(1 if quick else 3):
+    for _ in range(1 if quick else 2):
         for variant in VARIANTS:
             figures, peak = measure_alone(variant, quick)
             peaks[variant].append(peak)
