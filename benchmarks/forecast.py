@@ -46,7 +46,7 @@ def measure(quick: bool) -> dict:
             targets.append({"what": f"time said / taken: {setting}", "value": seconds / taken, "wanted": "0.8 to 1.2"})
             targets.append({"what": f"memory said / taken: {setting}", "value": float(memory) / peak,
                             "wanted": "0.85 to 1.15"})  # fmt: skip
-    return {"title": "What --dry-run says (each value a setting, not a repeat)", "unit": "s and GB", "values": values,
+    return {"title": "Forecast, each value a setting and not a repeat", "unit": "s and GB", "values": values,
             "ours": "time, said", "targets": targets, "facts": facts}  # fmt: skip
 
 

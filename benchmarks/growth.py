@@ -58,7 +58,7 @@ def measure(quick: bool) -> dict:
     keep_freed_memory()
     small = {"n_layer": 2, "n_embd": 64, "n_head": 2, "vocab_size": 1000}
     medium, tokens = (small if quick else MEDIUM), TOKENS
-    series: dict[str, dict[str, tuple]] = {"block size, tokens": {}, "blocks at once": {}, "parameters": {}}
+    series: dict[str, dict[str, tuple]] = {"block size, tokens": {}, "blocks at once": {}, "parameters, M": {}}
     for block in (64, 128, 256, 512, 1024):
         series["block size, tokens"][str(block)] = (train_call(tokens // block, block, **medium), tokens)
     for blocks in (1, 2, 4, 8, 16, 32):
@@ -67,7 +67,7 @@ def measure(quick: bool) -> dict:
         shape = {"n_layer": layers, "n_embd": width, "n_head": width // 64, "vocab_size": 8192}
         n_parameters = 12 * layers * width**2 + 8192 * width
         call = train_call(8, 128, **shape)
-        series["parameters"][f"{n_parameters / 1e6:.0f}M"] = (call, 8 * 128)
+        series["parameters, M"][f"{n_parameters / 1e6:.0f}M"] = (call, 8 * 128)
     with tempfile.TemporaryDirectory() as name:
         sizes = (0.1, 0.2) if quick else (1, 2, 4, 8, 16)
         series["text to prepare, MB"] = {str(size): (prepare_call(Path(name), size), size * 1e6) for size in sizes}
@@ -77,7 +77,7 @@ def measure(quick: bool) -> dict:
             table[title] = {p: 1e6 * statistics.median(times) / points[p][1] for p, times in seconds.items()}
             values |= {f"{title}: {p}": [1e6 * s / points[p][1] for s in times] for p, times in seconds.items()}
     draw(table, PICTURE if not quick else Path(tempfile.gettempdir()) / PICTURE.name)
-    sizes = list(table["parameters"].items())
+    sizes = list(table["parameters, M"].items())
     first, last = (time_a_token / float(point[:-1]) for point, time_a_token in (sizes[0], sizes[-1]))
     texts, blocks = list(table["text to prepare, MB"].values()), list(table["block size, tokens"].values())
     targets = [
@@ -98,8 +98,9 @@ def draw(table: dict[str, dict[str, float]], path: Path) -> None:
 
     figure, panels = pyplot.subplots(1, len(table), figsize=(13, 3.2), layout="constrained")
     for panel, (title, points) in zip(panels, table.items(), strict=True):
-        panel.plot(list(points), list(points.values()), marker="o", color="#b5482b")
-        panel.set(xlabel=title, ylim=(0, None))
+        sizes = [float(point.rstrip("M")) for point in points]
+        panel.plot(sizes, list(points.values()), marker="o", color="#b5482b")
+        panel.set(xlabel=title, xlim=(0, None), ylim=(0, None))
         panel.grid(alpha=0.25)
     panels[0].set_ylabel("microseconds a token")
     panels[-1].set_ylabel("microseconds a byte")

@@ -44,7 +44,7 @@ class Forecast:
 
     def __str__(self) -> str:
         return (f"about {format_seconds(self.seconds)} for {self.steps:,} updates ({self.epochs:.3g} epochs), "
-                f"{self.peak_bytes / 1e9:.1f} GB of memory, {self.disk_bytes / 1e9:.2f} GB of disk")  # fmt: skip
+                f"{self.peak_bytes / 1e9:.3g} GB of memory, {self.disk_bytes / 1e9:.2f} GB of disk")  # fmt: skip
 
 
 def format_seconds(seconds: float) -> str:
