@@ -30,6 +30,7 @@ CALIBRATION_TOKENS = 8
 SAVED_BYTES_PER_SECOND = 6e8  # written, hashed and synced; a solid-state disk, measured
 # A checkpoint that takes a second or more is written when fifty times as long has been trained.
 NOTICED_SECONDS, SAVING_FACTOR = 1.0, 50
+LATER_BYTES = 60_000_000  # resident: what only the end of a run imports and draws, matplotlib first
 
 
 @dataclass
@@ -167,7 +168,8 @@ def calibrate(args, plan, model, optimizer, data, step: int, backward) -> Foreca
     n_saves = n_left // plan.save_every + 1
     seconds += n_evaluations * (evaluating + saving / 3) + n_saves * saving
     disk = checkpoint_bytes(model) * (min(n_saves, args.keep_checkpoints + 1) + 1 / 3)
-    return Forecast(seconds, peak_bytes(plan.device), int(disk), n_left, blocks_left / len(data.train))
+    peak = peak_bytes(plan.device) + (0 if plan.device.type == "cuda" else LATER_BYTES)
+    return Forecast(seconds, peak, int(disk), n_left, blocks_left / len(data.train))
 
 
 def time_steps(args, plan, model, optimizer, data, backward, n_left: int) -> tuple[float, float]:
