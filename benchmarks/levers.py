@@ -10,7 +10,7 @@ from benchmarks.timing import main
 from benchmarks.training import BLOCK, TINY
 
 TOKENS = 2048
-ALONE = {"nothing": "all means", "all of them": "bf16 alone", "--compile": "all means, and --compile"}
+LABELS = {"nothing": "all means", "all of them": "bf16 alone", "--compile": "all means, and --compile"}
 
 
 def build(quick: bool, without: str):
@@ -64,7 +64,7 @@ def measure(quick: bool) -> dict:
     names = ["nothing", "bf16", "fused GELU", "loss with its gradient", "weights cast once an update", "cheap dropout",
              "own attention under dropout", "16 blocks at once (8)", "freed memory kept", "all of them",
              "--compile"]  # fmt: skip
-    calls = {ALONE.get(name, f"without {name}"): build(quick, name) for name in names}
+    calls = {LABELS.get(name, f"without {name}"): build(quick, name) for name in names}
     values: dict[str, list[float]] = {name: [] for name in calls}
     for call in calls.values():
         call()
