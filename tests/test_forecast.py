@@ -188,6 +188,13 @@ def test_slow_saving_is_done_more_rarely_unless_asked_for(case, monkeypatch):
     assert case.plan.save_every == 2
 
 
+@pytest.mark.parametrize("step", [0, 3, 5])
+@pytest.mark.parametrize("interval", [1, 4, 5, 11, 20])
+def test_counting_what_is_due(step, interval):
+    done = [at for at in range(step + 1, 12) if at % interval == 0 or at == 11]
+    assert forecast.count_due(step, 11, interval) == len(done)
+
+
 @pytest.mark.parametrize(
     ("seconds", "said"),
     [(0.2, "0 s"), (99, "99 s"), (150, "2 min 30 s"), (3599.7, "1 h 0 min"), (12_000, "3 h 20 min")],

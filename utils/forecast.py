@@ -164,12 +164,18 @@ def calibrate(args, plan, model, optimizer, data, step: int, backward) -> Foreca
     if not args.save_every and saving > NOTICED_SECONDS:
         between = plan.eval_every * seconds / max(1, n_left)
         plan.save_every = plan.eval_every * math.ceil(SAVING_FACTOR * saving / between)
-    n_evaluations = plan.max_steps // plan.eval_every - (step - 1) // plan.eval_every
-    n_saves = n_left // plan.save_every + 1
-    seconds += n_evaluations * (evaluating + saving / 3) + n_saves * saving
+    n_evaluations = count_due(step, plan.max_steps, plan.eval_every)
+    n_saves = count_due(step, plan.max_steps, plan.save_every)
+    n_of_base = int(step == 0)  # evaluated, not saved
+    seconds += (n_evaluations + n_of_base) * evaluating + n_evaluations * saving / 3 + n_saves * saving
     disk = checkpoint_bytes(model) * (min(n_saves, args.keep_checkpoints + 1) + 1 / 3)
     peak = peak_bytes(plan.device) + (0 if plan.device.type == "cuda" else LATER_BYTES)
     return Forecast(seconds, peak, int(disk), n_left, blocks_left / len(data.train))
+
+
+def count_due(step: int, last: int, interval: int) -> int:
+    """Return how often something is done after a step that is due at every interval, and at the last step."""
+    return last // interval - step // interval + (last % interval > 0)
 
 
 def time_steps(args, plan, model, optimizer, data, backward, n_left: int) -> tuple[float, float]:
