@@ -40,8 +40,8 @@ def run_alone(*command) -> tuple[str, float]:
     ended = subprocess.run(words, capture_output=True, text=True, check=False)
     if ended.returncode:
         raise RuntimeError(ended.stderr[-2000:])
-    printed, peak = ended.stdout.rstrip().rsplit("\n", 1) if "\n" in ended.stdout.rstrip() else ("", ended.stdout)
-    return printed, int(peak) * (1 if sys.platform == "darwin" else 1024) / 1e9
+    *printed, peak = ended.stdout.splitlines()
+    return "\n".join(printed), int(peak) * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
 def main(measure: Callable[[bool], dict]) -> None:

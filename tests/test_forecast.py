@@ -3,6 +3,9 @@
 import gc
 import json
 import math
+import platform
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -111,6 +114,16 @@ def test_counting_activations_keeps_none(case):
     before = n_tensors()
     assert forecast.count_activations(case.model, case.plan, blocks) > 0
     assert n_tensors() == before
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has the setting")
+def test_freed_memory_is_kept():
+    def resident_after_freeing(setting):
+        code = f"import torch; from utils import plan; {setting}; before = torch.ones(25_000_000); del before; " \
+            "print(open('/proc/self/status').read().split('VmRSS:')[1].split()[0])"  # fmt: skip
+        return 1024 * int(subprocess.check_output([sys.executable, "-c", code], text=True))
+
+    assert resident_after_freeing("plan.keep_freed_memory()") - resident_after_freeing("pass") > 80e6
 
 
 def test_micro_batch_is_what_is_of_use_and_what_fits(case, monkeypatch, capsys):

@@ -30,7 +30,7 @@ CALIBRATION_TOKENS = 8
 SAVED_BYTES_PER_SECOND = 6e8  # written, hashed and synced; a solid-state disk, measured
 # A checkpoint that takes a second or more is written when fifty times as long has been trained.
 NOTICED_SECONDS, SAVING_FACTOR = 1.0, 50
-LATER_BYTES = 60_000_000  # resident: what only the end of a run imports and draws, matplotlib first
+LATER_BYTES = 60_000_000  # resident: what a peak rises by after calibrating, importing matplotlib among it; measured
 
 
 @dataclass
