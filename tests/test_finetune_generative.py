@@ -286,6 +286,21 @@ def test_finished_run_is_left_alone(finetune, script, prepared, tmp_path):
     assert before == {path: path.stat().st_mtime_ns for path in before}
 
 
+@pytest.mark.parametrize("n_positions", [4, 32, 64])
+def test_samples_stay_within_the_context(finetune, script, book, tiny_model, tmp_path, n_positions):
+    """Default flags, and a sample longer than any context, on models with few positions."""
+    from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    sizes = {"vocab_size": len(tokenizer), "n_positions": n_positions, "n_embd": 16, "n_layer": 1, "n_head": 1}
+    GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)).save_pretrained(tmp_path / "short")
+    tokenizer.save_pretrained(tmp_path / "short")
+    flags = ["--input-path", book, "--model-name", tmp_path / "short", "--block-size", min(n_positions, 16)]
+    assert script("prepare_data", *flags, "--output-dir", tmp_path / "blocks").code == 0
+    for name, flags in (("defaults", []), ("long", ["--sample-tokens", 600, "--sample-prompt", "Ada went. " * 30])):
+        finetune(name, "--max-steps", 2, *flags, data=tmp_path / "blocks")
+
+
 def test_output_opens_with_transformers_alone(finetune, prepared):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

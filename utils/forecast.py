@@ -16,6 +16,7 @@ import torch
 from utils.checkpoint import checkpoint_bytes
 from utils.cli import warn
 from utils.generation import Decoding, generate_ids
+from utils.hub import position_limit
 from utils.optim import set_lr
 
 # More tokens at once are no faster: the matrix products are large enough. notes/03_training_loop.md has the table.
@@ -214,7 +215,8 @@ def time_evaluation(args, plan, model, data, watch: Stopwatch) -> float:
             model(input_ids=some, labels=some, use_cache=False)
         seconds = watch.look() * len(data.validation) / len(some)
     model.train()
-    drawn = [(plan.probe.prompts, plan.probe.new_tokens), ([[0]], args.sample_tokens)]
+    room = (position_limit(model.config.to_dict()) or args.sample_tokens + 1) - 1  # beside a prompt of one token
+    drawn = [(plan.probe.prompts, plan.probe.new_tokens), ([[0]], min(args.sample_tokens, room))]
     for prompts, new_tokens in drawn:
         if prompts and new_tokens:
             few = Decoding(max_new_tokens=min(new_tokens, CALIBRATION_TOKENS))
