@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from utils.cli import UserError
@@ -45,10 +46,7 @@ class SeededSampling:
         drawn = torch.zeros(len(scores), 1, dtype=torch.long, device=scores.device)
         rows = torch.arange(len(scores), device=scores.device)
         while len(rows):
-            luck = [torch.rand(1, generator=self.generators[row], dtype=torch.float64) for row in rows.tolist()]
-            cumulative = weights.cumsum(-1, dtype=torch.float64)
-            places = torch.stack(luck).to(scores.device) * cumulative[:, -1:]
-            found = torch.searchsorted(cumulative, places, right=True).clamp(max=scores.shape[-1] - 1)
+            found = self._draw(rows.tolist(), weights)
             likelier = weights > weights.gather(1, found)
             weights = weights * likelier
             # Not the other way round: where a diverged model gives NaN, no comparison holds, and any token will do.
@@ -56,6 +54,14 @@ class SeededSampling:
             drawn[rows] = found
             rows, weights, mass = rows[again], weights[again], mass[again]
         return torch.full_like(scores, -torch.inf).scatter_(1, drawn, 0.0)
+
+    def _draw(self, rows: list[int], weights: torch.Tensor) -> torch.Tensor:
+        """Draw a token of each row by its weight; in float64, and so in NumPy: Apple's GPUs have no such type."""
+        drawn = []
+        for row, cumulative in zip(rows, np.cumsum(weights.cpu().numpy(), axis=-1, dtype=np.float64), strict=True):
+            place = torch.rand(1, generator=self.generators[row], dtype=torch.float64).item() * cumulative[-1]
+            drawn.append(min(int(np.searchsorted(cumulative, place, side="right")), len(cumulative) - 1))
+        return torch.tensor(drawn, device=weights.device)[:, None]
 
 
 class CopyGuard:
