@@ -112,13 +112,12 @@ def load_base(args, data, base, folder):
 
 def settings_of(args, data, base, folder):
     """Everything that shapes the result, with hashes of data and base model: equal settings give an equal run."""
-    from utils.files import hash_files, join_hashes
+    from utils.files import hash_files
 
     settings = {name: value for name, value in vars(args).items() if name in SHAPING_FLAGS - {"model_name"}}
     settings["model_name"] = None if args.from_scratch else base
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}
-    files = data.manifest["files"].items()  # compared with their checksums when they were opened
-    settings["data_sha256"] = join_hashes(entry["sha256"] for name, entry in files if "/data-" in name)
+    settings["data_sha256"] = data.sha256
     if args.from_scratch and args.from_scratch.is_file():
         settings["base_sha256"] = hash_files([args.from_scratch])
     elif folder:  # a hub model that has left the cache is not needed to go on
@@ -144,12 +143,14 @@ def start_run(args, settings, data, base, plan, model, tokenizer):
     from utils.files import clear_folder, require_space
     from utils.metrics import write_run_config
     from utils.model import DTYPES
+    from utils.seen import write_seen
 
     torch.manual_seed(args.seed)
     given_back = sum(path.stat().st_size for path in args.output_dir.rglob("*") if path.is_file())
     require_space(args.output_dir, 2 * checkpoint_bytes(model) - given_back, "a pair of checkpoints")
     # Only now: everything that could be refused has been. What marks the folder as ours is replaced last.
     clear_folder(args.output_dir, keep=["run_config.json"])
+    write_seen(args.output_dir, data.ids("train"))
     write_run_config(args, settings, base, data, describe_machine(plan))
     if args.from_scratch:  # so that generate_text.py has a base to compare with
         Path(base).mkdir(exist_ok=True)

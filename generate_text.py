@@ -64,7 +64,7 @@ def temperature(text):
 
 
 def find_models(args):
-    """Return the base's name, the two model folders and the data folder, from flags or from what the run recorded."""
+    """Return the base's name, the two model folders, the data folder, and what the run recorded, which flags overrule."""
     from utils.checkpoint import list_checkpoints
     from utils.files import read_json
     from utils.hub import locate_model
@@ -83,7 +83,8 @@ def find_models(args):
     if base.resolve() == tuned.resolve():
         raise UserError("base and tuned are the same directory")
     data_dir = args.data_dir or Path(recorded.get("data_dir") or "")
-    return base_name, base, tuned, data_dir if args.data_dir or (data_dir.name and data_dir.is_dir()) else None
+    data_dir = data_dir if args.data_dir or (data_dir.name and data_dir.is_dir()) else None
+    return base_name, base, tuned, data_dir, recorded
 
 
 def open_held_out(data_dir, tokenizer, missing):
@@ -222,7 +223,7 @@ def describe_settings(args, base_name, folders, data, dtype):
     return settings
 
 
-def compare(args, base_name, base_dir, tuned_dir, data_dir):
+def compare(args, base_name, base_dir, tuned_dir, data_dir, recorded):
     """Let both models speak, measure them, and write the results into the fine-tuned folder."""
     from utils.comparison import write_report
     from utils.copying import RunIndex
@@ -231,6 +232,7 @@ def compare(args, base_name, base_dir, tuned_dir, data_dir):
     from utils.layers import speed_up
     from utils.model import autocast, check_fit, load_pair, pick_device, pick_dtype
     from utils.report import render_terminal
+    from utils.seen import check_unseen
 
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
@@ -244,6 +246,9 @@ def compare(args, base_name, base_dir, tuned_dir, data_dir):
         raise UserError(f"--top-k must be 0 to {sizes['base']}, not {args.top_k}")
     models, tokenizer = {name: model for name, (model, _) in pairs.items()}, pairs["finetuned"][1]
     data, control = open_held_out(data_dir, tokenizer, missing), read_control(args, missing) if args.measure else ""
+    is_other_book = check_unseen(tuned_dir, recorded, data) if data and len(data.validation) else False
+    if is_other_book is None:
+        missing.append(f"whether the held-out pages are unseen: {tuned_dir} does not say what it was trained on")
     if args.max_copy and not data:
         raise UserError("--max-copy needs the training text; give --data-dir")
     guard = CopyGuard(RunIndex(data.ids("train"), args.max_copy), tokenizer.eos_token_id) if args.max_copy else None
@@ -259,7 +264,12 @@ def compare(args, base_name, base_dir, tuned_dir, data_dir):
     samples = draw_samples(args, models, tokenizer, prompts, guard, functools.partial(autocast, device, dtype))
     scoring = functools.partial(autocast, device, "fp32")
     report = measure(args, models, tokenizer, data, control, samples, prompts, missing, scoring)
-    report |= {"missing": missing, "settings": settings, "books": data.manifest["books"] if data else []}
+    report |= {
+        "other_book": bool(is_other_book),
+        "missing": missing,
+        "settings": settings,
+        "books": data.manifest["books"] if data else [],
+    }
     if guard:
         generated = sum(len(sample["generated_ids"]) for sample in samples)
         report["max_copy"] = {"tokens": args.max_copy, "acted": guard.acted, "generated": generated}

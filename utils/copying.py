@@ -164,19 +164,30 @@ def measure_overlap(train: np.ndarray, validation: np.ndarray) -> dict[str, Any]
         training runs that stood before; measured on a sample of run values in a large corpus).
     """
     places = find_runs([validation], train, OVERLAP_TOKENS)[0]
-    # Sampling by the hash's own value takes all copies of a run or none: the share stays unbiased.
-    keep_one_in = np.uint64(1 + len(train) // (1 << 23))
-    kept = [np.zeros(0, np.uint64)]
-    for start in range(0, len(train) - OVERLAP_TOKENS + 1, CHUNK):
-        hashes = hash_runs(train[start : start + CHUNK + OVERLAP_TOKENS - 1], OVERLAP_TOKENS)
-        kept.append(hashes[hashes % keep_one_in == 0])
-    seen = np.sort(np.concatenate(kept))  # np.unique hashes: 60 times slower
+    seen = sample_runs(train, keep_one_in(len(train)))
     repeated = np.count_nonzero(seen[1:] == seen[:-1]) / len(seen) if len(seen) else 0.0
     return {
         "validation_runs": len(places),
         "leaked_runs": int((places != NOT_FOUND).sum()),
         "repeated_share": round(repeated, 6),
     }
+
+
+def keep_one_in(n_tokens: int) -> int:
+    """Return which share of a text's runs is enough to know it by: all of them up to eight million."""
+    return 1 + n_tokens // (1 << 23)
+
+
+def sample_runs(ids: np.ndarray, one_in: int) -> np.ndarray:
+    """Return the sorted hashes of the runs of OVERLAP_TOKENS tokens whose hash is a multiple of `one_in`.
+
+    Chosen by the hash itself, all copies of a run are in the sample or none: shares stay unbiased.
+    """
+    kept = [np.zeros(0, np.uint64)]
+    for start in range(0, len(ids) - OVERLAP_TOKENS + 1, CHUNK):
+        hashes = hash_runs(ids[start : start + CHUNK + OVERLAP_TOKENS - 1], OVERLAP_TOKENS)
+        kept.append(hashes[hashes % np.uint64(one_in) == 0])
+    return np.sort(np.concatenate(kept))  # np.unique hashes: 60 times slower
 
 
 def measure_repetition(texts: list[list[int]]) -> dict[str, float | None]:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from utils.cli import UserError
-from utils.files import MANIFEST, read_sealed, verify_folder
+from utils.files import MANIFEST, join_hashes, read_sealed, verify_folder
 
 FORMAT = 1
 AROUND = 25  # tokens shown before and after a run of the book
@@ -66,6 +66,11 @@ class Blocks:
         """UTF-8 bytes of the validation text for each of its tokens."""
         counts = self.manifest["splits"]["validation"]
         return counts["bytes"] / counts["tokens"] if counts["tokens"] else 0.0
+
+    @property
+    def sha256(self) -> str:
+        """The checksum of all blocks, from the manifest, with which the files were compared when they were opened."""
+        return join_hashes(entry["sha256"] for name, entry in self.manifest["files"].items() if "/data-" in name)
 
     def id_range(self) -> tuple[int, int]:
         """Return the least and the greatest token id."""

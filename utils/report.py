@@ -25,7 +25,10 @@ def judge(report: dict) -> tuple[list[str], dict[str, bool | None]]:
         where it was not measured.
     """
     flags = {"writes_like_the_book": None, "copies": None, "recites": None, "forgot": None}
-    sentences = [_judge_style(report, flags)] if "style_gain" in report else []
+    sentences = ["A control: the held-out pages are of another book than the model was trained on."]
+    sentences = (sentences if report.get("other_book") else []) + (
+        [_judge_style(report, flags)] if "style_gain" in report else []
+    )
     if "copy_rate" in report:
         sentences.append(_judge_copying(report, flags))
     if "extraction" in report:
