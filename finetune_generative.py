@@ -63,8 +63,7 @@ def parse_args(argv=None):
     add("--log-every", type=whole(1), default=1, help="updates between lines of metrics.jsonl")
     add("--report-to", choices=["none", "tensorboard"], default="none", help="write metrics there too")
     add("--sample-prompt", default="The old house", help="continued at each evaluation, to see it change")
-    add("--sample-tokens", type=whole(0, 1023), default=40,
-        help="tokens of that sample, fewer where the model's context is shorter; 0 for none")  # fmt: skip
+    add("--sample-tokens", type=whole(0, 1023), default=40, help="tokens of that sample, if they fit; 0 for none")
     add = parser.add_argument_group("machine").add_argument
     add("--device", type=device_name, default="auto", help="auto, cpu, mps, cuda or cuda:N")
     add("--dtype", choices=["auto", "fp32", "bf16"], default="auto", help="computed in; auto: bf16 if in hardware")
@@ -268,16 +267,11 @@ def is_better(result, state, max_copy_rate):
 
 def sample(args, plan, model, tokenizer):
     """Continue the fixed prompt with a fixed seed, within the context; training's random numbers are not touched."""
-    from utils.generation import Decoding, encode_prompt, generate_ids
-    from utils.hub import position_limit
+    from utils.generation import Decoding, encode_prompt, fit_context, generate_ids
 
     if not args.sample_tokens:
         return ""
-    prompt, limit = encode_prompt(tokenizer, args.sample_prompt), position_limit(model.config.to_dict())
-    new_tokens = args.sample_tokens
-    if limit:  # half of the context at least is for what is new
-        new_tokens = min(new_tokens, max(limit - len(prompt), limit // 2))
-        prompt = prompt[-(limit - new_tokens) :]
+    prompt, new_tokens = fit_context(model, encode_prompt(tokenizer, args.sample_prompt), args.sample_tokens)
     decoding = Decoding(max_new_tokens=new_tokens)
     ids = generate_ids(model, tokenizer.eos_token_id, [prompt], [args.seed], decoding, plan.autocast)[0]
     return "\n  | " + (args.sample_prompt + tokenizer.decode(ids)).replace("\n", "\n  | ")

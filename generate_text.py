@@ -64,7 +64,7 @@ def temperature(text):
 
 
 def find_models(args):
-    """Return the base's name, the two model folders, the data folder, and what the run recorded, which flags overrule."""
+    """Return the base's name, both model folders, the data folder, and what the run recorded, which flags overrule."""
     from utils.checkpoint import list_checkpoints
     from utils.files import read_json
     from utils.hub import locate_model

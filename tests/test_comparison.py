@@ -181,7 +181,7 @@ def test_base_against_itself_gains_nothing(large, tiny_model, script, tmp_path):
     assert report["style_gain"]["low"] <= 0 <= report["style_gain"]["high"]
     assert report["style_gain"]["value"] == report["forgetting_percent"] == 0
     assert report["delta"]["base"] == report["delta"]["finetuned"]
-    assert report["flags"]["writes_like_the_book"] is False
+    assert report["flags"]["learned_the_book"] is False
     assert not (tmp_path / "copy" / "README.md").exists()  # not ours: no card is written there
 
 

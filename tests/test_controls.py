@@ -42,19 +42,19 @@ def judged(script):
 HEALTHY = ["--learning-rate", "3e-4", "--epochs", 6]
 
 
-def test_a_healthy_run_writes_like_its_book_and_is_not_flagged(trained, judged):
+def test_a_healthy_run_learns_its_book_and_is_not_flagged(trained, judged):
     report = judged(trained("log", BOOK.read_text(encoding="utf-8"), *HEALTHY))
     for measure in ("delta", "auc"):
         assert report[measure]["heldout"] < report[measure]["finetuned"] < report[measure]["base"]
     assert report["style_gain"]["low"] > 0
-    assert report["flags"] == {"writes_like_the_book": True, "copies": False, "recites": False, "forgot": False}
+    assert report["flags"] == {"learned_the_book": True, "copies": False, "recites": False, "forgot": False}
 
 
 def test_a_model_of_another_text_does_not_pass(trained, judged):
     other = trained("other", OTHER.read_text(encoding="utf-8"), *HEALTHY)
     blocks = trained("log", BOOK.read_text(encoding="utf-8"), *HEALTHY).parent / "log_blocks"
     report = judged(other, "--data-dir", blocks)
-    assert report["flags"]["writes_like_the_book"] is False
+    assert report["flags"]["learned_the_book"] is False
 
 
 def test_twenty_passages_learned_by_heart_are_flagged(trained, judged):

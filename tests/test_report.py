@@ -19,13 +19,14 @@ def report(measured):
     return json.loads((measured / "report.json").read_text(encoding="utf-8"))
 
 
-def figures(way=0.8, gain=(0.2, 0.3), book=(0.3, 0.4), copied=0.05, own=0.04, recited=0.0, forgot=4.0, loops=0.0):
+def figures(gain=(0.2, 0.3), book=(0.3, 0.4), copied=0.05, own=0.04, recited=0.0, forgot=4.0, loops=0.0):
     def between(low, high):
         return {"value": (low + high) / 2, "low": low, "high": high}
 
     extraction = {"train": {"exact_match": recited, "prefixes": 50, "tokens": 32}, "heldout": {"exact_match": 0.0}}
     return {
-        "way": way, "style_gain": between(*gain), "book_gain": between(*book), "forgetting_percent": forgot,
+        "style_gain": between(*gain), "book_gain": between(*book), "control_gain": between(-0.1, 0.0),
+        "forgetting_percent": forgot,
         "copy_rate": {"finetuned": {"8": copied}, "heldout": {"8": own}}, "longest_copy": {"finetuned": {"tokens": 21}},
         "extraction": {"finetuned": extraction}, "repetition": {"finetuned": {"loops": loops}},
     }  # fmt: skip
@@ -34,26 +35,24 @@ def figures(way=0.8, gain=(0.2, 0.3), book=(0.3, 0.4), copied=0.05, own=0.04, re
 def test_verdict_of_a_healthy_run():
     sentences, flags = judge(figures())
     assert sentences == [
-        "It writes like the book: 80% of the way from the base model to the author.",
+        "It learned the book: unseen pages cost 0.35 bits per byte less than for the base model.",
         "It copies little: 5.0% of its tokens stand in runs of 8 or more of the book, the longest 21 tokens; "
         "the author's own unseen pages share 4.0%.",
         "It does not recite: given the beginnings of 50 passages it was trained on, it goes on word for word, "
         "32 tokens long, in 0% of cases.",
         "It forgot little: general text costs 4.0% more bits than before.",
     ]
-    assert flags == {"writes_like_the_book": True, "copies": False, "recites": False, "forgot": False}
+    assert flags == {"learned_the_book": True, "copies": False, "recites": False, "forgot": False}
 
 
 @pytest.mark.parametrize(
     ("change", "flag", "value", "words"),
     [
-        ({"way": 0.49}, "writes_like_the_book", False, "has taken on some of the book's style: 49%"),
-        ({"way": 0.09}, "writes_like_the_book", False, "does not write like the book"),
-        ({"way": -0.3}, "writes_like_the_book", False, "its samples went 0% of the way"),
-        ({"gain": (-0.01, 0.3)}, "writes_like_the_book", False, "does not write like the book"),
-        ({"book": (-0.01, 0.3)}, "writes_like_the_book", False, "does not write like the book"),
-        ({"way": None}, "writes_like_the_book", None, "its samples could not be judged"),
-        ({"way": 0.5}, "writes_like_the_book", True, "writes like the book: 50%"),
+        ({"gain": (-0.01, 0.3)}, "learned_the_book", False, "nothing of this book alone: unseen pages cost 0.35 bits"),
+        ({"gain": (-0.01, 0.3)}, "learned_the_book", False, "and general text 0.05 more."),
+        ({"book": (-0.01, 0.3)}, "learned_the_book", False, "did not learn the book: unseen pages cost 0.14 bits"),
+        ({"book": (-0.9, -0.1)}, "learned_the_book", False, "cost 0.50 bits per byte more than for the base model"),
+        ({"book": (-0.9, -0.1), "gain": (0.2, 2.0)}, "learned_the_book", False, "did not learn the book"),
         ({"copied": 0.121}, "copies", True, "It copies much: 12.1%"),
         ({"copied": 0.12}, "copies", False, "It copies little"),
         ({"copied": 0.03, "own": 0.0}, "copies", False, "share 0.0%"),
@@ -74,8 +73,23 @@ def test_verdict_names_what_is_wrong(change, flag, value, words):
     assert words in " ".join(sentences)
 
 
+def test_without_general_text_the_likelihood_of_unseen_pages_is_still_judged():
+    report = figures()
+    del report["style_gain"], report["control_gain"], report["forgetting_percent"]
+    sentences, flags = judge(report)
+    assert sentences[0] == "It learned the book: unseen pages cost 0.35 bits per byte less than for the base model."
+    assert flags["learned_the_book"] is True
+
+
+def test_the_headline_claims_nothing_about_the_samples():
+    """A chain of five characters was told that it writes like the book; only the likelihood is sound so far."""
+    for change in ({}, {"gain": (-1.0, 1.0)}, {"book": (-1.0, 1.0)}):
+        sentences, _ = judge(figures(**change))
+        assert not re.search(r"of the way|writes like|write like", " ".join(sentences))
+
+
 def test_verdict_of_nothing_is_empty():
-    assert judge({}) == ([], dict.fromkeys(("writes_like_the_book", "copies", "recites", "forgot")))
+    assert judge({}) == ([], dict.fromkeys(("learned_the_book", "copies", "recites", "forgot")))
 
 
 def test_all_pages_carry_the_same_numbers(measured, report):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -42,10 +43,10 @@ def prepare(script, large, tiny_model, out, *flags, book=None):
     assert ran.code == 0, ran.err
 
 
-def test_another_split_of_the_book_is_refused(large, tiny_model, script, tmp_path):
+def test_another_split_of_the_book_is_refused(large, tiny_model, script, tmp_path, monkeypatch):
     """Prepared again in the same place, as after the demo: the recorded folder holds pages that were trained on."""
-    shutil.copytree(large, tmp_path / "run")
-    run, blocks = tmp_path / "run/model", tmp_path / "blocks"
+    monkeypatch.chdir(tmp_path)  # short names: a line is cut at 240 characters
+    run, blocks = shutil.copytree(large / "model", Path("run")), Path("blocks")
     prepare(script, large, tiny_model, blocks, "--seed", 7)
     config = read_json(run / "run_config.json")
     (run / "run_config.json").write_text(json.dumps(config | {"data_dir": str(blocks)}))

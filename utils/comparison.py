@@ -154,19 +154,7 @@ def compare_style(texts, book, data, tokenizer, control, args, n_words, missing)
         part["intervals"][measure] = {
             name: [figures[measure]["low"], figures[measure]["high"]] for name, figures in measured.items()
         }
-    return part | {"way": measure_way(part)}
-
-
-def measure_way(part: dict) -> float | None:
-    """Return how far fine-tuning went from the base to the author: 0 not at all, 1 all the way.
-
-    The mean of Burrows' Delta and AUC; None without held-out text, or when the base is as near as the author.
-    """
-    ways = []
-    for figures in (part["delta"], part.get("auc")):
-        gap = figures["base"] - figures["heldout"] if figures and "heldout" in figures else 0
-        ways.append((figures["base"] - figures["finetuned"]) / gap if gap > 0 else None)
-    return None if None in ways else sum(ways) / len(ways)
+    return part
 
 
 def describe_longest(texts: list[np.ndarray], data, tokenizer) -> dict:

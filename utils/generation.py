@@ -7,6 +7,7 @@ import torch
 
 from utils.cli import UserError
 from utils.copying import RunIndex
+from utils.hub import position_limit
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,15 @@ def encode_prompt(tokenizer, prompt: str) -> list[int]:
         raise UserError("prompt is not valid UTF-8") from None
     ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     return ids or [tokenizer.eos_token_id]
+
+
+def fit_context(model, prompt: list[int], new_tokens: int) -> tuple[list[int], int]:
+    """Cut new tokens, then the prompt from its left, to a model's context; half of it at least is for what is new."""
+    limit = position_limit(model.config.to_dict())
+    if limit:
+        new_tokens = min(new_tokens, max(limit - len(prompt), limit // 2))
+        prompt = prompt[-(limit - new_tokens) :]
+    return prompt, new_tokens
 
 
 @torch.no_grad()

@@ -9,7 +9,6 @@ import shutil
 import textwrap
 from pathlib import Path
 
-WRITES_LIKE, LEANS = 0.5, 0.1  # of the way from the base to the author
 FORGETS_A_LITTLE, FORGETS = 1, 20  # percent more bits for general text
 RECITES = 0.1  # of the training passages continued word for word
 LOOPS = 0.1  # of the samples
@@ -21,14 +20,13 @@ def judge(report: dict) -> tuple[list[str], dict[str, bool | None]]:
     """Put the figures into sentences.
 
     Returns:
-        The verdict, most important first, and its flags writes_like_the_book, copies, recites and forgot; None
-        where it was not measured.
+        The verdict, most important first, and its flags learned_the_book, copies, recites and forgot; None where it
+        was not measured.
     """
-    flags = {"writes_like_the_book": None, "copies": None, "recites": None, "forgot": None}
-    sentences = ["A control: the held-out pages are of another book than the model was trained on."]
-    sentences = (sentences if report.get("other_book") else []) + (
-        [_judge_style(report, flags)] if "style_gain" in report else []
-    )
+    flags = {"learned_the_book": None, "copies": None, "recites": None, "forgot": None}
+    sentences = [_judge_gain(report, flags)] if "book_gain" in report else []
+    if report.get("other_book"):
+        sentences.insert(0, "A control: the held-out pages are of another book than the model was trained on.")
     if "copy_rate" in report:
         sentences.append(_judge_copying(report, flags))
     if "extraction" in report:
@@ -55,21 +53,19 @@ def judge(report: dict) -> tuple[list[str], dict[str, bool | None]]:
     return sentences, flags
 
 
-def _judge_style(report: dict, flags: dict) -> str:
-    gain, book, way = report["style_gain"], report["book_gain"], report.get("way")
-    learned = gain["low"] > 0 and book["low"] > 0
-    bits = f"{abs(gain['value']):.2f} bits a byte {'more' if gain['value'] > 0 else 'less'}"
-    if not learned:
-        flags["writes_like_the_book"] = False
-        return f"It does not write like the book: it gained {bits} on unseen pages than on general text."
-    if way is None:
-        return f"By its loss it learned the book ({bits} gained than on general text); its samples could not be judged."
-    flags["writes_like_the_book"] = way >= WRITES_LIKE
-    from_to = f"{max(0, way):.0%} of the way from the base model to the author"
-    if way >= WRITES_LIKE:
-        return f"It writes like the book: {from_to}."
-    return f"It has taken on some of the book's style: {from_to}." if way >= LEANS else (
-        f"It does not write like the book: its loss fell, its samples went {from_to}.")  # fmt: skip
+def _judge_gain(report: dict, flags: dict) -> str:
+    """Say what the likelihood of unseen pages supports, and no more."""
+    book, style = report["book_gain"], report.get("style_gain")
+    cost = f"unseen pages cost {abs(book['value']):.2f} bits per byte {'less' if book['value'] > 0 else 'more'}"
+    cost += " than for the base model"
+    flags["learned_the_book"] = book["low"] > 0 and (style is None or style["low"] > 0)
+    if flags["learned_the_book"]:
+        return f"It learned the book: {cost}."
+    if book["low"] > 0:
+        general = report["control_gain"]["value"]
+        return (f"It learned nothing of this book alone: {cost}, and general text "
+                f"{abs(general):.2f} {'less' if general > 0 else 'more'}.")  # fmt: skip
+    return f"It did not learn the book: {cost} (interval of the gain {book['low']:.2f} to {book['high']:.2f})."
 
 
 def _judge_copying(report: dict, flags: dict) -> str:

@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from utils.cli import UserError
-from utils.copying import OVERLAP_TOKENS, keep_one_in, sample_runs
+from utils.copying import keep_one_in, sample_runs
 from utils.files import replacing
 
 SEEN = "training_ngrams.safetensors"
@@ -74,7 +74,7 @@ def check_unseen(folder: Path, recorded: dict, data) -> bool | None:
     if seen > (OTHER_BOOK_SHARE * n_runs if is_other else 0):
         split = f"--seed {before['seed']}" + (f" --val-split {before['val_split']}" if before["val_split"] else "")
         raise UserError(
-            f"data: {data.folder} is another split than the model's: {seen:,} of {n_runs:,} {OVERLAP_TOKENS}-token runs of "
-            f"its held-out text were trained on; prepare it as before ({split}) or train again"
+            f"data: {data.folder} is another split than the model's: {seen:,} of {n_runs:,} runs of 32 tokens "
+            f"of its held-out text were trained on; prepare it as before ({split}) or train again"
         )
     return is_other
