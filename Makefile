@@ -24,7 +24,7 @@ test: $(READY)
 
 # Hours: every kill, cut, fault and nonsense input in full counts, then every guard taken out.
 SOAK := tests/test_crash.py tests/test_damage.py tests/test_disk.py tests/test_signals.py tests/test_identity.py \
-	tests/test_hub.py tests/test_fuzz.py
+	tests/model/test_hub.py tests/test_fuzz.py
 soak: $(READY)
 	$(BIN)/python -m pytest --full -s $(SOAK)
 	$(BIN)/python tests/mutants.py guards

@@ -11,8 +11,9 @@ import time
 from contextlib import closing, nullcontext
 from pathlib import Path
 
-from utils.cli import Parser, StopSignal, UserError, auto_or, device_name, print_table, real_number, run, warn
+from utils.cli import Parser, StopSignal, auto_or, device_name, print_table, real_number, run
 from utils.cli import whole_number as whole
+from utils.errors import UserError, warn
 
 # Every flag is in one of the two: it shapes the result, and may not differ when a run is continued, or it does not.
 SHAPING_FLAGS = {
@@ -80,7 +81,7 @@ def parse_args(argv=None):
 
 def find_base(args, data):
     """Return the name of the base model and its folder; None for a folder that is not needed, or not there any more."""
-    from utils.hub import find_local, locate_model
+    from utils.model.hub import find_local, locate_model
 
     if args.from_scratch:
         return str(args.output_dir / "untrained_model"), None
@@ -93,9 +94,9 @@ def find_base(args, data):
 
 def load_base(args, data, base, folder):
     """Load the base model, or make a new one, with its tokenizer."""
-    from utils.hub import locate_model
-    from utils.model import check_fit, load_pair, new_model
-    from utils.tokens import fingerprint_tokenizer, load_tokenizer
+    from utils.data.tokenizer import fingerprint_tokenizer, load_tokenizer
+    from utils.model.hub import locate_model
+    from utils.model.loading import check_fit, load_pair, new_model
 
     if args.from_scratch:
         tokenizer = load_tokenizer(args.data_dir / "tokenizer")
@@ -111,7 +112,7 @@ def load_base(args, data, base, folder):
 
 def settings_of(args, data, base, folder):
     """Everything that shapes the result, with hashes of data and base model: equal settings give an equal run."""
-    from utils.files import hash_files
+    from utils.storage import hash_files
 
     settings = {name: value for name, value in vars(args).items() if name in SHAPING_FLAGS - {"model_name"}}
     settings["model_name"] = None if args.from_scratch else base
@@ -126,7 +127,7 @@ def settings_of(args, data, base, folder):
 
 def find_unfinished(args, settings):
     """Return the checkpoint to continue from, None for a new run, or refuse other settings by name."""
-    from utils.checkpoint import compare_settings, find_checkpoint
+    from utils.training.checkpoint import compare_settings, find_checkpoint
 
     if args.overwrite or not (args.output_dir / "run_config.json").is_file():
         return None
@@ -138,19 +139,19 @@ def start_run(args, settings, data, base, plan, model, tokenizer):
     """Make room for a new run, and write down what it is."""
     import torch
 
-    from utils.checkpoint import checkpoint_bytes, describe_machine, save_best
-    from utils.files import clear_folder, require_space
-    from utils.metrics import write_run_config
-    from utils.model import DTYPES
-    from utils.seen import write_seen
+    from utils.evaluation.unseen import write_seen
+    from utils.model.loading import DTYPES
+    from utils.storage import clear_folder, require_space
+    from utils.training.checkpoint import checkpoint_bytes, describe_machine, save_best
+    from utils.training.metrics import write_run_config
 
     torch.manual_seed(args.seed)
     given_back = sum(path.stat().st_size for path in args.output_dir.rglob("*") if path.is_file())
     require_space(args.output_dir, 2 * checkpoint_bytes(model) - given_back, "a pair of checkpoints")
     # Only now: everything that could be refused has been. What marks the folder as ours is replaced last.
     clear_folder(args.output_dir, keep=["run_config.json"])
-    write_seen(args.output_dir, data.ids("train"))
     write_run_config(args, settings, base, data, describe_machine(plan))
+    write_seen(args.output_dir, data.ids("train"))
     if args.from_scratch:  # so that generate_text.py has a base to compare with
         Path(base).mkdir(exist_ok=True)
         save_best(Path(base), model, tokenizer, DTYPES[args.save_dtype])
@@ -170,13 +171,13 @@ def train(args, plan, model, tokenizer, data, optimizer, state):
     from torch.utils.data import DataLoader
     from tqdm import tqdm
 
-    from utils.checkpoint import save_best, save_checkpoint
     from utils.cli import ignore_signals
-    from utils.evaluation import describe_result
-    from utils.failure import require_finite
-    from utils.metrics import MetricsLog
-    from utils.model import DTYPES
-    from utils.optim import set_lr
+    from utils.errors import require_finite
+    from utils.evaluation.loss import describe_result
+    from utils.model.loading import DTYPES
+    from utils.training.checkpoint import save_best, save_checkpoint
+    from utils.training.metrics import MetricsLog
+    from utils.training.optim import set_lr
 
     stopping, started, resumed_at = StopSignal(), time.monotonic() - state.seconds, state.step
     log = MetricsLog(args.output_dir, state.step, state.evaluated_step, args.report_to == "tensorboard")
@@ -235,7 +236,7 @@ def evaluate(args, plan, model, data, stopping):
     """Score all validation blocks, measure copying; {} when there are none, None when a signal came before the end."""
     from tqdm import tqdm
 
-    from utils.evaluation import score_blocks, summarize_loss
+    from utils.evaluation.loss import score_blocks, summarize_loss
 
     if not len(data.validation):
         return {}
@@ -248,7 +249,7 @@ def evaluate(args, plan, model, data, stopping):
 
 def is_better(result, state, max_copy_rate):
     """Note an evaluation; say whether this is the best model so far: first it may not copy, then its loss counts."""
-    from utils.failure import require_finite
+    from utils.errors import require_finite
 
     def rank(metrics):
         return metrics.get("eval/copy_rate", 0.0) > max_copy_rate, metrics["eval/loss"]
@@ -267,7 +268,7 @@ def is_better(result, state, max_copy_rate):
 
 def sample(args, plan, model, tokenizer):
     """Continue the fixed prompt with a fixed seed, within the context; training's random numbers are not touched."""
-    from utils.generation import Decoding, encode_prompt, fit_context, generate_ids
+    from utils.evaluation.generation import Decoding, encode_prompt, fit_context, generate_ids
 
     if not args.sample_tokens:
         return ""
@@ -280,7 +281,7 @@ def sample(args, plan, model, tokenizer):
 def print_settings(args, plan, data, model, base, expected):
     import torch
 
-    from utils.model import count_parameters
+    from utils.model.loading import count_parameters
 
     batch = plan.order.per_update
     print_table("training", [
@@ -314,17 +315,17 @@ def print_outcome(args, plan, state, results):
 
 def finetune(args):
     """Begin or continue the run in the output folder, which is locked."""
-    from utils import checkpoint as checkpoints
-    from utils import forecast
-    from utils.data import open_blocks
-    from utils.evaluation import CopyProbe
-    from utils.failure import explained
-    from utils.files import require_space, sweep
-    from utils.layers import speed_up
-    from utils.metrics import write_results
-    from utils.model import load_pair, pick_device, set_deterministic, set_dropout
-    from utils.optim import build_optimizer
-    from utils.plan import Plan, keep_freed_memory
+    from utils.data.blocks import open_blocks
+    from utils.errors import explained
+    from utils.evaluation.loss import CopyProbe
+    from utils.model.layers import speed_up
+    from utils.model.loading import load_pair, pick_device, set_deterministic, set_dropout
+    from utils.storage import require_space, sweep
+    from utils.training import checkpoint as checkpoints
+    from utils.training import forecast
+    from utils.training.metrics import write_results
+    from utils.training.optim import build_optimizer
+    from utils.training.setup import Plan, keep_freed_memory
 
     keep_freed_memory()
     device, data = pick_device(args.device), open_blocks(args.data_dir)
@@ -383,8 +384,8 @@ def finetune(args):
 def main():
     args = parse_args()
     from utils.cli import refuse_many_processes
-    from utils.data import read_manifest
-    from utils.output import check_output_dir, lock
+    from utils.data.blocks import read_manifest
+    from utils.storage import check_output_dir, lock
 
     refuse_many_processes()
     prepared_for = read_manifest(args.data_dir)["model_name"]

@@ -11,8 +11,9 @@ import functools
 import math
 from pathlib import Path
 
-from utils.cli import Parser, UserError, print_table, real_number, run, warn
+from utils.cli import Parser, print_table, real_number, run
 from utils.cli import whole_number as whole
+from utils.errors import UserError, warn
 
 OPENING_TOKENS = 32
 MAX_ROUNDS = 20
@@ -65,9 +66,9 @@ def temperature(text):
 
 def find_models(args):
     """Return the base's name, both model folders, the data folder, and what the run recorded, which flags overrule."""
-    from utils.checkpoint import list_checkpoints
-    from utils.files import read_json
-    from utils.hub import locate_model
+    from utils.model.hub import locate_model
+    from utils.storage import read_json
+    from utils.training.checkpoint import list_checkpoints
 
     tuned = args.finetuned_model
     if not tuned.is_dir():
@@ -89,8 +90,8 @@ def find_models(args):
 
 def open_held_out(data_dir, tokenizer, missing):
     """Open the prepared data if it is there and of this tokenizer; without it the samples still run."""
-    from utils.data import open_blocks
-    from utils.tokens import fingerprint_tokenizer
+    from utils.data.blocks import open_blocks
+    from utils.data.tokenizer import fingerprint_tokenizer
 
     if data_dir is None:
         missing.append("style and copying: there is no prepared data; give --data-dir")
@@ -105,7 +106,7 @@ def open_held_out(data_dir, tokenizer, missing):
 
 def read_control(args, missing):
     """Read the general text; only one that was asked for by name must be there."""
-    from utils.book import read_book
+    from utils.data.text import read_book
 
     if args.control_path == CONTROL and not CONTROL.is_file():
         missing.append(f"forgetting: {CONTROL} is not here; give --control-path")
@@ -118,8 +119,8 @@ def collect_prompts(args, data, tokenizer, limit):
 
     Openings are as long as the models' context of `limit` tokens leaves room for.
     """
-    from utils.book import read_book
-    from utils.generation import encode_prompt
+    from utils.data.text import read_book
+    from utils.evaluation.generation import encode_prompt
 
     texts = list(args.prompt or [])
     if args.prompts_file:
@@ -161,8 +162,8 @@ def draw_samples(args, models, tokenizer, prompts, guard, context):
     """
     from tqdm import tqdm
 
-    from utils.generation import Decoding, generate_ids
-    from utils.style import MIN_WORDS, split_words
+    from utils.evaluation.generation import Decoding, generate_ids
+    from utils.evaluation.stylometry import MIN_WORDS, split_words
 
     decoding = Decoding(**{name: vars(args)[name] for name in Decoding.__dataclass_fields__})
     samples, n_words = [], dict.fromkeys(models, 0)
@@ -192,7 +193,7 @@ def measure(args, models, tokenizer, data, control, samples, prompts, missing, c
     """Return all figures of the report."""
     from tqdm import tqdm
 
-    from utils import comparison
+    from utils.evaluation import compare as comparison
 
     report = comparison.lay_out(prompts, samples, data, tokenizer)
     report |= {"scores": {}, "shown_run": comparison.SHOWN_RUN, "n_samples": len(samples), "training": {}, "quiz": []}
@@ -210,7 +211,7 @@ def measure(args, models, tokenizer, data, control, samples, prompts, missing, c
 
 def describe_settings(args, base_name, folders, data, dtype):
     """Everything that shapes the figures, with hashes of what they were made from."""
-    from utils.files import hash_file, hash_files
+    from utils.storage import hash_file, hash_files
 
     names = {"base_model": str(base_name), "finetuned_model": str(args.finetuned_model)}
     names |= {"data_dir": str(data.folder) if data else None}
@@ -225,14 +226,14 @@ def describe_settings(args, base_name, folders, data, dtype):
 
 def compare(args, base_name, base_dir, tuned_dir, data_dir, recorded):
     """Let both models speak, measure them, and write the results into the fine-tuned folder."""
-    from utils.comparison import write_report
-    from utils.copying import RunIndex
-    from utils.generation import CopyGuard
-    from utils.hub import position_limit
-    from utils.layers import speed_up
-    from utils.model import autocast, check_fit, load_pair, pick_device, pick_dtype
-    from utils.report import render_terminal
-    from utils.seen import check_unseen
+    from utils.evaluation.compare import write_report
+    from utils.evaluation.generation import CopyGuard
+    from utils.evaluation.ngrams import RunIndex
+    from utils.evaluation.report import render_terminal
+    from utils.evaluation.unseen import check_unseen
+    from utils.model.hub import position_limit
+    from utils.model.layers import speed_up
+    from utils.model.loading import autocast, check_fit, load_pair, pick_device, pick_dtype
 
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
@@ -281,7 +282,7 @@ def compare(args, base_name, base_dir, tuned_dir, data_dir, recorded):
 
 def main():
     args = parse_args()
-    from utils.output import lock
+    from utils.storage import lock
 
     found = find_models(args)
     with lock(args.finetuned_model, "samples"):  # a lock of its own: a training in progress may be looked at

@@ -10,7 +10,8 @@ import math
 import os
 from pathlib import Path
 
-from utils.cli import Parser, UserError, print_table, real_number, run, text_encoding, warn, whole_number
+from utils.cli import Parser, print_table, real_number, run, text_encoding, whole_number
+from utils.errors import UserError, warn
 
 MAX_BLOCK = 1024
 DEFAULT_BATCH = 8
@@ -44,7 +45,7 @@ def parse_args(argv=None):
 
 def read_books(args):
     """Measure every file once: what it holds and its sha256, held-out files last."""
-    from utils.book import find_books, read_book
+    from utils.data.text import find_books, read_book
 
     held_out = find_books(args.val_path or [])
     apart = {os.path.realpath(path) for path in held_out}
@@ -60,7 +61,7 @@ def read_books(args):
 
 def passages(args, books, n_held_out):
     """Yield the passages of all books, read again one at a time so that memory stays bounded."""
-    from utils.book import Passage, plan_validation, read_book, split_book
+    from utils.data.text import Passage, plan_validation, read_book, split_book
 
     n_chars = sum(book.n_chars for book in books)
     intervals = [] if n_held_out else plan_validation(n_chars, args.val_split, args.seed)
@@ -78,8 +79,8 @@ def passages(args, books, n_held_out):
 
 def tokenizer_of_model(args):
     """Load the tokenizer of --model-name and check that the blocks will fit its model."""
-    from utils.hub import locate_model, position_limit, read_config
-    from utils.tokens import load_tokenizer
+    from utils.data.tokenizer import load_tokenizer
+    from utils.model.hub import locate_model, position_limit, read_config
 
     folder = locate_model(args.model_name, "tokenizer")
     config = read_config(folder / "config.json") if (folder / "config.json").is_file() else None
@@ -97,9 +98,9 @@ def write_blocks(args, books, n_held_out, tokenizer, folder):
     """Tokenize every passage, write the blocks, and return what the manifest says of them."""
     from tqdm import tqdm
 
-    from utils.copying import measure_overlap
-    from utils.data import save_blocks
-    from utils.tokens import TokenWriter
+    from utils.data.blocks import save_blocks
+    from utils.data.tokenizer import TokenWriter
+    from utils.evaluation.ngrams import measure_overlap
 
     writer = TokenWriter(folder, tokenizer, len(books))
     total = sum(book.n_chars for book in books)
@@ -150,7 +151,7 @@ def check_block_counts(args, n_tokens, has_val_path):
 
 def settings_of(args, books, n_held_out, tokenizer):
     """Everything that shapes the result: equal settings give an equal folder."""
-    from utils.tokens import fingerprint_tokenizer
+    from utils.data.tokenizer import fingerprint_tokenizer
 
     return {
         "block_size": args.block_size,
@@ -167,7 +168,7 @@ def settings_of(args, books, n_held_out, tokenizer):
 
 def is_up_to_date(args, settings, manifest):
     """Compare with a folder made before; other settings are refused by name."""
-    from utils.files import verify_folder
+    from utils.storage import verify_folder
 
     before = manifest.get("settings", {})
     changed = [name for name, value in settings.items() if before.get(name) != value]
@@ -215,9 +216,9 @@ def print_summary(args, manifest, n_words):
 
 def prepare(args, books, n_held_out):
     """Write the output folder, which is locked, or find that it is up to date; return its manifest."""
-    from utils.data import FORMAT, read_manifest
-    from utils.files import MANIFEST, clear_folder, publish_files, sweep
-    from utils.tokens import fingerprint_tokenizer, train_tokenizer
+    from utils.data.blocks import FORMAT, read_manifest
+    from utils.data.tokenizer import fingerprint_tokenizer, train_tokenizer
+    from utils.storage import MANIFEST, clear_folder, publish_files, sweep
 
     tokenizer = None if args.train_tokenizer else tokenizer_of_model(args)
     settings = settings_of(args, books, n_held_out, tokenizer)
@@ -247,8 +248,7 @@ def prepare(args, books, n_held_out):
 
 def main():
     args = parse_args()
-    from utils.files import MANIFEST
-    from utils.output import check_output_dir, lock
+    from utils.storage import MANIFEST, check_output_dir, lock
 
     is_ours = (args.output_dir / MANIFEST).is_file()
     check_output_dir(args.output_dir, is_ours, "prepare_data.py", args.overwrite, [args.model_name])

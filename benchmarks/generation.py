@@ -14,9 +14,9 @@ def measure(quick: bool) -> dict:
     """Compare tokens a second; check that greedy text in float32 is the same."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    from utils.generation import Decoding, generate_ids
-    from utils.layers import speed_up
-    from utils.model import autocast
+    from utils.evaluation.generation import Decoding, generate_ids
+    from utils.model.layers import speed_up
+    from utils.model.loading import autocast
 
     torch.manual_seed(0)
     device, n_tokens = torch.device("cpu"), 10 if quick else 75

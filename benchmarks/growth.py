@@ -20,8 +20,8 @@ def train_call(blocks: int, block: int, **shape):
     from transformers import GPT2Config, GPT2LMHeadModel
 
     from finetune_generative import backward
-    from utils.layers import speed_up
-    from utils.model import autocast, pick_dtype
+    from utils.model.layers import speed_up
+    from utils.model.loading import autocast, pick_dtype
 
     device = torch.device("cpu")
     torch.manual_seed(0)
@@ -39,7 +39,7 @@ def train_call(blocks: int, block: int, **shape):
 
 def prepare_call(folder: Path, megabytes: float):
     """Return a function that prepares so much text, the start-up left in."""
-    from utils.files import hash_file
+    from utils.storage import hash_file
 
     book = Path("results/data/book.txt").read_text(encoding="utf-8")
     words = book.split(" ")
@@ -53,7 +53,7 @@ def prepare_call(folder: Path, megabytes: float):
 
 def measure(quick: bool) -> dict:
     """Time each point of five series in turn; microseconds a token."""
-    from utils.plan import keep_freed_memory
+    from utils.training.setup import keep_freed_memory
 
     keep_freed_memory()
     small = {"n_layer": 2, "n_embd": 64, "n_head": 2, "vocab_size": 1000}

@@ -22,9 +22,9 @@ def build(quick: bool, without: str):
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     from finetune_generative import backward
-    from utils.layers import CheapDropout, attend, speed_up
-    from utils.model import autocast
-    from utils.plan import keep_freed_memory
+    from utils.model.layers import CheapDropout, attend, speed_up
+    from utils.model.loading import autocast
+    from utils.training.setup import keep_freed_memory
 
     device, none = torch.device("cpu"), without == "all of them"
     torch.manual_seed(0)

@@ -50,7 +50,7 @@ def peak_gigabytes(books: Path, folder: Path) -> float:
 
 def measure(quick: bool) -> dict:
     """Compare megabytes a second; check the ids. CORPUS=folder adds the memory that a corpus takes."""
-    from utils.tokens import GROUP, cut_pieces, encode_text
+    from utils.data.tokenizer import GROUP, cut_pieces, encode_text
 
     text = make_text(0.3 if quick else 5)
     megabytes = len(text.encode()) / 1e6

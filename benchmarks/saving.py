@@ -20,12 +20,12 @@ def measure(quick: bool) -> dict:
     from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
     from finetune_generative import backward
-    from utils.checkpoint import TrainState, checkpoint_bytes, save_best, save_checkpoint
-    from utils.forecast import NOTICED_SECONDS, SAVED_BYTES_PER_SECOND, SAVING_FACTOR
-    from utils.layers import speed_up
-    from utils.model import autocast, pick_dtype
-    from utils.optim import build_optimizer
-    from utils.plan import keep_freed_memory
+    from utils.model.layers import speed_up
+    from utils.model.loading import autocast, pick_dtype
+    from utils.training.checkpoint import TrainState, checkpoint_bytes, save_best, save_checkpoint
+    from utils.training.forecast import NOTICED_SECONDS, SAVED_BYTES_PER_SECOND, SAVING_FACTOR
+    from utils.training.optim import build_optimizer
+    from utils.training.setup import keep_freed_memory
 
     keep_freed_memory()
     device, tokenizer = torch.device("cpu"), AutoTokenizer.from_pretrained(BASE)

@@ -46,10 +46,10 @@ class FakeBlocks:
 def train_here(quick: bool) -> dict:
     """Do two updates as finetune_generative.py does them; return tokens a second of the second and of the roofline."""
     from finetune_generative import backward
-    from utils.forecast import pick_micro_batch
-    from utils.layers import speed_up
-    from utils.optim import build_optimizer
-    from utils.plan import Plan, keep_freed_memory
+    from utils.model.layers import speed_up
+    from utils.training.forecast import pick_micro_batch
+    from utils.training.optim import build_optimizer
+    from utils.training.setup import Plan, keep_freed_memory
 
     keep_freed_memory()
     model = build_model(quick)

@@ -62,7 +62,7 @@ def tiny_model(tmp_path_factory, book):
     """Folder of a GPT-2 with 2 layers of width 32, 64 positions and a tokenizer of 400 ids."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    from utils.tokens import train_tokenizer
+    from utils.data.tokenizer import train_tokenizer
 
     folder = tmp_path_factory.mktemp("models") / "tiny"
     tokenizer = train_tokenizer([book.read_text(encoding="utf-8")], 400)

@@ -34,7 +34,7 @@ import finetune_generative  # noqa: F401
 import generate_text  # noqa: F401
 import prepare_data  # noqa: F401
 from utils.cli import run
-from utils.tokens import train_tokenizer
+from utils.data.tokenizer import train_tokenizer
 
 Ended = namedtuple("Ended", "code out err")
 

@@ -1,7 +1,7 @@
 """Take each guard out, and change small things all over, to see that a test fails every time.
 
     python tests/mutants.py guards      every fsync, rename, checksum, lock, finiteness check ... removed
-    python tests/mutants.py mutate      small changes in utils/files.py, output.py and checkpoint.py, or those named
+    python tests/mutants.py mutate      small changes in utils/storage.py, output.py and checkpoint.py, or those named
 
 A mutant is a module's source, changed and given to a forked child in place of the file; the child runs the
 tests. Nothing on the disk is touched. Exit status 1: no test failed for a guard, or fewer than 90 % were killed.
@@ -20,63 +20,66 @@ from importlib.machinery import SourceFileLoader
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-QUICK = ["tests/test_files.py", "tests/test_output.py", "tests/test_checkpoint.py"]
+QUICK = ["tests/test_storage.py", "tests/test_output.py", "tests/training/test_checkpoint.py"]
 SLOWER = [
     f"tests/test_{name}.py"
     for name in ("finetune_generative", "identity", "damage", "disk", "signals", "prepare_data", "data", "refusals")
 ]
-MUTATED = ["utils/files.py", "utils/output.py", "utils/checkpoint.py"]
+MUTATED = ["utils/storage.py", "utils/training/checkpoint.py"]
 SECONDS = {True: 90, False: 900}  # for the quick tests alone, and for more
 # Module, what is taken out, what stands there instead.
 GUARDS = [
-    ("utils/files.py", "        os.fsync(descriptor)\n", "        pass\n"),
-    ("utils/files.py", "        sync(partial)\n        os.replace(partial, path)", "        os.replace(partial, path)"),
-    ("utils/files.py", "        raise\n    sync(path.parent)\n", "        raise\n"),
-    ("utils/files.py", "        os.replace(partial, path)\n", "        path.write_bytes(partial.read_bytes())\n"),
-    ("utils/files.py", "        partial.unlink(missing_ok=True)\n        raise", "        raise"),
-    ("utils/files.py", "allow_nan=False", "allow_nan=True"),
-    ("utils/files.py", "    os.rename(path, old)\n    shutil.rmtree(old)\n", "    shutil.rmtree(path)\n"),
-    ("utils/files.py", "    if free < size:\n", "    if False:\n"),
-    ("utils/files.py", "    require_space(folder, size, what)\n", ""),
-    ("utils/files.py", "            path.chmod(0o666 & ~mask)", "            pass"),
-    ("utils/files.py", "        sync(path)\n    write_sealed(partial", "        pass\n    write_sealed(partial"),
-    ("utils/files.py", "        os.rename(partial, target)\n        sync(target.parent)\n",
+    ("utils/storage.py", "        os.fsync(descriptor)\n", "        pass\n"),
+    ("utils/storage.py", "        sync(partial)\n        os.replace(partial, path)",
+     "        os.replace(partial, path)"),
+    ("utils/storage.py", "        raise\n    sync(path.parent)\n", "        raise\n"),
+    ("utils/storage.py", "        os.replace(partial, path)\n", "        path.write_bytes(partial.read_bytes())\n"),
+    ("utils/storage.py", "        partial.unlink(missing_ok=True)\n        raise", "        raise"),
+    ("utils/storage.py", "allow_nan=False", "allow_nan=True"),
+    ("utils/storage.py", "    os.rename(path, old)\n    shutil.rmtree(old)\n", "    shutil.rmtree(path)\n"),
+    ("utils/storage.py", "    if free < size:\n", "    if False:\n"),
+    ("utils/storage.py", "    require_space(folder, size, what)\n", ""),
+    ("utils/storage.py", "            path.chmod(0o666 & ~mask)", "            pass"),
+    ("utils/storage.py", "        sync(path)\n    write_sealed(partial", "        pass\n    write_sealed(partial"),
+    ("utils/storage.py", "        os.rename(partial, target)\n        sync(target.parent)\n",
      "        os.rename(partial, target)\n"),
-    ("utils/files.py", "        discard(target)\n        os.rename(partial, target)\n",
+    ("utils/storage.py", "        discard(target)\n        os.rename(partial, target)\n",
      "        target.mkdir(exist_ok=True)\n        [os.replace(p, target / p.name) for p in partial.iterdir()]\n"),
-    ("utils/files.py", '{"replaces": _described(folder)}', "{}"),
-    ("utils/files.py", "        sync(folder)\n        os.replace(partial / MANIFEST",
+    ("utils/storage.py", '{"replaces": _described(folder)}', "{}"),
+    ("utils/storage.py", "        sync(folder)\n        os.replace(partial / MANIFEST",
      "        os.replace(partial / MANIFEST"),
-    ("utils/files.py", "        os.replace(partial / MANIFEST, folder / MANIFEST)\n        sync(folder)\n",
+    ("utils/storage.py", "        os.replace(partial / MANIFEST, folder / MANIFEST)\n        sync(folder)\n",
      "        os.replace(partial / MANIFEST, folder / MANIFEST)\n"),
-    ("utils/files.py", "or (before and verify_files(folder, before) is None)", ""),
-    ("utils/files.py", "    for path in (folder / PARTIAL, folder / OLD, *", "    for path in (*"),
-    ("utils/files.py", "        if real != ", "        if None is "),
-    ("utils/files.py", "        if size != expected:\n", "        if False:\n"),
-    ("utils/files.py", "        if hash_file(path) != sha256:\n", "        if False:\n"),
-    ("utils/files.py", "    if manifest.get(\"sha256\", said := _digest(manifest)) != said:\n", "    if False:\n"),
-    ("utils/output.py", "            fcntl.lockf(", "            (lambda *_: 0)("),
-    ("utils/output.py", "if os.path.samestat(os.fstat(descriptor), os.stat(path))", "if True"),
-    ("utils/output.py", "        sync(parent.parent)\n", ""),
-    ("utils/output.py", "                path.unlink()\n", "                pass\n"),
-    ("utils/output.py", " | os.O_NOFOLLOW", ""),
-    ("utils/checkpoint.py", "    refuse_not_finite(model, optimizer)\n", ""),
-    ("utils/checkpoint.py", "    refuse_not_finite(written)\n", ""),
-    ("utils/checkpoint.py", "        reason = verify_folder(folder)\n", "        reason = None\n"),
-    ("utils/checkpoint.py", "and made > FORMAT", "and False"),
-    ("utils/checkpoint.py", "    if not fits:\n", "    if False:\n"),
-    ("utils/checkpoint.py", "            if value is None or value.shape != expected:\n", "            if False:\n"),
-    ("utils/checkpoint.py", '    torch.set_rng_state(states["cpu"])\n', ""),
-    ("utils/checkpoint.py", '    if "cpu" not in states or len(states["cpu"]) != expected:\n', "    if False:\n"),
-    ("utils/checkpoint.py", "    for old in saved[saved.index(folder) :][keep:]:\n", "    for old in []:\n"),
-    ("utils/checkpoint.py", "        if was != now:\n", "        if False:\n"),
-    ("utils/failure.py", "        if not math.isfinite(value):\n", "        if False:\n"),
-    ("utils/failure.py", "            if not tensor.isfinite().all():\n", "            if False:\n"),
-    ("utils/metrics.py", "if row[\"step\"] <= (step if \"train/loss\" in row else evaluated_step)", ""),
-    ("utils/metrics.py", ", allow_nan=False", ""),
-    ("utils/model.py", "if verified or not (folder / MANIFEST).is_file() else verify_folder(folder)", ""),
-    ("utils/data.py", "    problem = verify_folder(folder)\n", "    problem = None\n"),
-    ("utils/evaluation.py", "        if stopping:\n", "        if False:\n"),
+    ("utils/storage.py", "or (before and verify_files(folder, before) is None)", ""),
+    ("utils/storage.py", "    for path in (folder / PARTIAL, folder / OLD, *", "    for path in (*"),
+    ("utils/storage.py", "        if real != ", "        if None is "),
+    ("utils/storage.py", "        if size != expected:\n", "        if False:\n"),
+    ("utils/storage.py", "        if hash_file(path) != sha256:\n", "        if False:\n"),
+    ("utils/storage.py", "    if manifest.get(\"sha256\", said := _digest(manifest)) != said:\n", "    if False:\n"),
+    ("utils/storage.py", "            fcntl.lockf(", "            (lambda *_: 0)("),
+    ("utils/storage.py", "if os.path.samestat(os.fstat(descriptor), os.stat(path))", "if True"),
+    ("utils/storage.py", "        sync(parent.parent)\n", ""),
+    ("utils/storage.py", "                path.unlink()\n", "                pass\n"),
+    ("utils/storage.py", " | os.O_NOFOLLOW", ""),
+    ("utils/training/checkpoint.py", "    refuse_not_finite(model, optimizer)\n", ""),
+    ("utils/training/checkpoint.py", "    refuse_not_finite(written)\n", ""),
+    ("utils/training/checkpoint.py", "        reason = verify_folder(folder)\n", "        reason = None\n"),
+    ("utils/training/checkpoint.py", "and made > FORMAT", "and False"),
+    ("utils/training/checkpoint.py", "    if not fits:\n", "    if False:\n"),
+    ("utils/training/checkpoint.py", "            if value is None or value.shape != expected:\n",
+     "            if False:\n"),
+    ("utils/training/checkpoint.py", '    torch.set_rng_state(states["cpu"])\n', ""),
+    ("utils/training/checkpoint.py", '    if "cpu" not in states or len(states["cpu"]) != expected:\n',
+     "    if False:\n"),
+    ("utils/training/checkpoint.py", "    for old in saved[saved.index(folder) :][keep:]:\n", "    for old in []:\n"),
+    ("utils/training/checkpoint.py", "        if was != now:\n", "        if False:\n"),
+    ("utils/errors.py", "        if not math.isfinite(value):\n", "        if False:\n"),
+    ("utils/errors.py", "            if not tensor.isfinite().all():\n", "            if False:\n"),
+    ("utils/training/metrics.py", "if row[\"step\"] <= (step if \"train/loss\" in row else evaluated_step)", ""),
+    ("utils/training/metrics.py", ", allow_nan=False", ""),
+    ("utils/model/loading.py", "if verified or not (folder / MANIFEST).is_file() else verify_folder(folder)", ""),
+    ("utils/data/blocks.py", "    problem = verify_folder(folder)\n", "    problem = None\n"),
+    ("utils/evaluation/loss.py", "        if stopping:\n", "        if False:\n"),
     ("utils/cli.py", "        if signal.getsignal(number) != signal.SIG_IGN:\n", "        if True:\n"),
     ("utils/cli.py", "        if self.number:\n            raise Stopped(number)\n", ""),
     ("finetune_generative.py", "                log.sync()\n", ""),

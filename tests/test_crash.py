@@ -18,9 +18,9 @@ import matplotlib.figure
 import pytest
 from forked import WRITTEN, Child, digest_files, digest_run, fresh, run_child, strays, undisturbed, workshop  # noqa: F401
 
-import utils.checkpoint
-import utils.evaluation
-from utils.files import OLD
+import utils.evaluation.loss
+import utils.training.checkpoint
+from utils.storage import OLD
 
 OPERATIONS = ("fsync", "replace", "rename", "unlink", "remove", "mkdir", "rmdir", "write", "pwrite", "ftruncate")
 SYSCALLS = {  # name -> every how many calls; most of openat only reads
@@ -188,7 +188,7 @@ def newest_checkpoint(out):
 
 def stop_in_last_evaluation():
     plain()
-    score, calls = utils.evaluation.score_blocks, []
+    score, calls = utils.evaluation.loss.score_blocks, []
 
     def stopped(*args):
         calls.append(1)
@@ -196,12 +196,12 @@ def stop_in_last_evaluation():
             os.kill(os.getpid(), signal.SIGTERM)
         return score(*args)
 
-    utils.evaluation.score_blocks = stopped
+    utils.evaluation.loss.score_blocks = stopped
 
 
 def die_in_first_save():
     plain()
-    utils.checkpoint.save_checkpoint = lambda *_: die()
+    utils.training.checkpoint.save_checkpoint = lambda *_: die()
 
 
 CASES = ["prepare", "prepare --overwrite", "finetune", "finetune --overwrite", "finetune stopped", "finetune unsaved",
@@ -395,7 +395,7 @@ def kill_around_save(chance, number, after=False):
 
     def prepare():
         plain()
-        save, delay, calls = utils.checkpoint.save_checkpoint, chance.uniform(1e-6, 0.03), []
+        save, delay, calls = utils.training.checkpoint.save_checkpoint, chance.uniform(1e-6, 0.03), []
 
         def timed(*args):
             calls.append(1)
@@ -408,7 +408,7 @@ def kill_around_save(chance, number, after=False):
                 die()
             return saved
 
-        utils.checkpoint.save_checkpoint = timed
+        utils.training.checkpoint.save_checkpoint = timed
 
     return prepare
 

@@ -37,10 +37,10 @@ from forked import (  # noqa: F401
 )
 from safetensors.torch import load_file, save_file
 
-import utils.checkpoint
-from utils.cli import UserError
-from utils.data import open_blocks
-from utils.files import MANIFEST, discard, read_sealed, verify_folder, write_sealed
+import utils.training.checkpoint
+from utils.data.blocks import open_blocks
+from utils.errors import UserError
+from utils.storage import MANIFEST, discard, read_sealed, verify_folder, write_sealed
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = Path(__file__).parent / "golden"
@@ -53,7 +53,7 @@ def stop_after(step):
     """Return a hook that kills the child as soon as checkpoint-<step> is published."""
 
     def prepare():
-        save = utils.checkpoint.save_checkpoint
+        save = utils.training.checkpoint.save_checkpoint
 
         def save_and_die(*args):
             folder = save(*args)
@@ -61,7 +61,7 @@ def stop_after(step):
                 os.kill(os.getpid(), signal.SIGKILL)
             return folder
 
-        utils.checkpoint.save_checkpoint = save_and_die
+        utils.training.checkpoint.save_checkpoint = save_and_die
 
     return prepare
 
@@ -163,7 +163,7 @@ def test_damaged_checkpoint(workshop, undisturbed, stopped, tmp_path, amount):  
         good = (folder / case.file).read_bytes()
         spoil(folder, case)
         try:
-            reason = utils.checkpoint.check_checkpoint(folder)
+            reason = utils.training.checkpoint.check_checkpoint(folder)
         except UserError as error:
             reason = str(error)
             assert case.file == MANIFEST, case[:2]

@@ -23,8 +23,10 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from utils import book, checkpoint, data, files
+from utils import storage
 from utils.cli import MAX_ERROR_CHARS
+from utils.data import blocks, text
+from utils.training import checkpoint
 
 # tqdm's own lock is shared by all forked children: one that ends while it holds it would stop the others.
 tqdm.set_lock(threading.RLock())
@@ -77,7 +79,7 @@ class Faults:
                 faults.place("write", self.name)
                 return super().write(content)
 
-        real_open, real_os_open, real_building = io.open, os.open, files.building
+        real_open, real_os_open, real_building = io.open, os.open, storage.building
 
         def opening(file, mode="r", buffering=-1, encoding=None, errors=None, newline=None, closefd=True, opener=None):
             if isinstance(file, int) or not set(mode) & set("wax+"):
@@ -111,7 +113,7 @@ class Faults:
             setattr(owner, name, hooked)
 
         builtins.open = io.open = opening
-        os.open, files.building = os_opening, building
+        os.open, storage.building = os_opening, building
         for name in ("fsync", "replace", "rename", "mkdir", "pwrite"):
             hook(os, name)
         hook(safetensors.torch, "save_file", 1, SafetensorError)
@@ -149,13 +151,13 @@ def check_failure(ended, out, where, sizes=False, safe=True):
 
 def check_whole(folder, seen):
     """Check that every file under its final name is one of those that a manifest describes."""
-    for path in folder.rglob(files.MANIFEST) if folder.is_dir() else ():
-        manifest = files.read_json(path)
+    for path in folder.rglob(storage.MANIFEST) if folder.is_dir() else ():
+        manifest = storage.read_json(path)
         for name in {**manifest["files"], **(manifest.get("replaces") or {})}:
             known = [described.get(name) for described in (manifest["files"], manifest.get("replaces") or {})]
             file = path.parent / name
             if file.is_file():
-                found = {"bytes": file.stat().st_size, "sha256": files.hash_file(file)}
+                found = {"bytes": file.stat().st_size, "sha256": storage.hash_file(file)}
                 assert found in known, f"{name} is half there: {seen}"
 
 
@@ -310,7 +312,7 @@ def test_a_disk_that_fills_up_in_the_middle_of_training(small_disk, workshop, un
     check_recovery(Case(command, out, lambda: digest_run(out)), digest_run(undisturbed), name)
 
 
-@pytest.mark.parametrize(("owner", "name", "leave"), [(book, "read_book", 2 * MB), (data, "save_blocks", 0)])
+@pytest.mark.parametrize(("owner", "name", "leave"), [(text, "read_book", 2 * MB), (blocks, "save_blocks", 0)])
 def test_a_full_disk_leaves_the_old_data_as_it_was(small_disk, workshop, tmp_path, owner, name, leave):  # noqa: F811
     out, reference = small_disk / "out", tmp_path / "reference"
     assert run_child(*workshop.prepare(reference, "--seed", 7)).code == 0

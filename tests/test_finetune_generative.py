@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_evaluation import independent_loss
+from scorer import independent_loss
 
 import finetune_generative
-from utils import plan
-from utils.checkpoint import TrainState
-from utils.data import open_blocks
-from utils.generation import Decoding, generate_ids
-from utils.model import load_pair
+from utils.data.blocks import open_blocks
+from utils.evaluation.generation import Decoding, generate_ids
+from utils.model.loading import load_pair
+from utils.training import setup
+from utils.training.checkpoint import TrainState
 
 QUICK = ["--max-steps", 6, "--batch-size", 4, "--learning-rate", "1e-3", "--dtype", "fp32", "--copy-samples", 0,
          "--sample-tokens", 0]  # fmt: skip
@@ -54,7 +54,7 @@ DROPOUT = ["--dropout", "0.2", "--save-every", 6]
 def straight_and_stopped(finetune, monkeypatch):
     """Return the folder of a whole run, and that of the same run stopped by SIGTERM at step 3."""
 
-    class Stopping(plan.Plan):
+    class Stopping(setup.Plan):
         def __init__(self, *args):
             super().__init__(*args)
             schedule = self.schedule
@@ -62,7 +62,7 @@ def straight_and_stopped(finetune, monkeypatch):
 
     straight = finetune("straight", *QUICK, *DROPOUT)
     with monkeypatch.context() as patch:
-        patch.setattr(plan, "Plan", Stopping)
+        patch.setattr(setup, "Plan", Stopping)
         stopped = finetune("stopped", *QUICK, *DROPOUT, code=128 + signal.SIGTERM)
     torch.manual_seed(123)  # a new process would not begin where the stopped one left its generator
     return straight, stopped
@@ -81,7 +81,7 @@ def test_stopped_and_continued_equals_never_stopped(finetune, straight_and_stopp
 def test_random_state_is_part_of_a_checkpoint(finetune, straight_and_stopped, monkeypatch):
     """Without the restored generator, dropout would draw other masks after a stop."""
     straight, stopped = straight_and_stopped
-    monkeypatch.setattr("utils.checkpoint.restore_random_state", lambda path: None)
+    monkeypatch.setattr("utils.training.checkpoint.restore_random_state", lambda path: None)
     finetune("stopped", *QUICK, *DROPOUT)
     with pytest.raises(AssertionError):
         assert_same(straight / "checkpoint-6", stopped / "checkpoint-6")
@@ -124,7 +124,7 @@ def test_logged_loss_is_the_mean_over_the_update(finetune, prepared, tiny_model)
         for row in map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
         if "train/loss" in row
     )
-    from utils.data import BatchOrder
+    from utils.data.blocks import BatchOrder
 
     data, (model, _) = open_blocks(prepared), load_pair(tiny_model)
     rows = [i for batch in BatchOrder(len(data.train), 2, 3, 42).update(0) for i in batch]

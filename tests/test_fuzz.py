@@ -29,13 +29,13 @@ from tokenizers import Tokenizer
 import finetune_generative
 import generate_text
 import prepare_data
-from utils.book import plan_validation, read_book, split_book
 from utils.cli import run
-from utils.data import open_blocks
-from utils.files import MANIFEST, describe_files, write_sealed
-from utils.generation import Decoding, generate_ids
-from utils.model import check_fit, load_pair
-from utils.tokens import encode_text, load_tokenizer
+from utils.data.blocks import open_blocks
+from utils.data.text import plan_validation, read_book, split_book
+from utils.data.tokenizer import encode_text, load_tokenizer
+from utils.evaluation.generation import Decoding, generate_ids
+from utils.model.loading import check_fit, load_pair
+from utils.storage import MANIFEST, describe_files, write_sealed
 
 ROOT = Path(__file__).parents[1]
 BATCH = 10  # examples that share a forked child; when one of them fails, each gets a child of its own

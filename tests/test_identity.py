@@ -16,11 +16,11 @@ from forked import Workshop, digest_files, digest_run, digest_tensors, fresh, ru
 from safetensors.torch import load_file, save_file
 
 import finetune_generative
-import utils.checkpoint
-import utils.evaluation
-from utils import plan
-from utils.files import describe_files, read_sealed, write_json, write_sealed
-from utils.metrics import read_metrics
+import utils.evaluation.loss
+import utils.training.checkpoint
+from utils.storage import describe_files, read_sealed, write_json, write_sealed
+from utils.training import setup
+from utils.training.metrics import read_metrics
 
 SIGTERM_CODE = 128 + signal.SIGTERM
 
@@ -29,13 +29,13 @@ def stop_in(step):
     """Make a hook that sends SIGTERM in the update that begins at a step; the run is saved after it."""
 
     def prepare():
-        class Stopping(plan.Plan):
+        class Stopping(setup.Plan):
             def __init__(self, *args):
                 super().__init__(*args)
                 schedule = self.schedule
                 self.schedule = lambda now: (now == step and signal.raise_signal(signal.SIGTERM)) or schedule(now)
 
-        plan.Plan = Stopping
+        setup.Plan = Stopping
 
     return prepare
 
@@ -105,7 +105,7 @@ def test_interrupted_evaluation_is_made_up_for(workshop, tmp_path, number):  # n
     assert ["eval/copy_rate" in row for row in measured(straight) if "eval/loss" in row] == [True] * 3
 
     def prepare():
-        score, calls = utils.evaluation.score_blocks, []
+        score, calls = utils.evaluation.loss.score_blocks, []
 
         def score_blocks(model, blocks, batch_size, autocast, progress, stopping):
             assert len(blocks) > 1
@@ -114,7 +114,7 @@ def test_interrupted_evaluation_is_made_up_for(workshop, tmp_path, number):  # n
                 progress = lambda _: stopping or signal.raise_signal(signal.SIGTERM)  # noqa: E731
             return score(model, blocks, batch_size, autocast, progress, stopping)
 
-        utils.evaluation.score_blocks = score_blocks
+        utils.evaluation.loss.score_blocks = score_blocks
 
     command = workshop.finetune(tmp_path / "run", *flags)
     ran(command, prepare, SIGTERM_CODE)
@@ -127,15 +127,15 @@ def test_interrupted_evaluation_is_made_up_for(workshop, tmp_path, number):  # n
 
 STOPPABLE = """
 import signal, sys, finetune_generative
-from utils import plan
+from utils.training import setup
 from utils.cli import run
 stop = int(sys.argv.pop(1))
-class Stopping(plan.Plan):
+class Stopping(setup.Plan):
     def __init__(self, *args):
         super().__init__(*args)
         schedule = self.schedule
         self.schedule = lambda now: (now == stop and signal.raise_signal(signal.SIGTERM)) or schedule(now)
-plan.Plan = Stopping
+setup.Plan = Stopping
 run(finetune_generative.main)
 """
 
@@ -293,7 +293,7 @@ def plant(where, step, value):
         train, evaluate, save = (
             finetune_generative.train,
             finetune_generative.evaluate,
-            utils.checkpoint.save_checkpoint,
+            utils.training.checkpoint.save_checkpoint,
         )
 
         def spoiled_train(args, plan, model, tokenizer, data, optimizer, state):
@@ -333,7 +333,7 @@ def plant(where, step, value):
             if where == "gradient":
                 weight.register_hook(lambda found: found + value if state.step == step else found)
             plan.schedule, model.forward = spoiled_schedule, spoiled_forward
-            utils.checkpoint.save_checkpoint, finetune_generative.evaluate = spoiled_save, spoiled_evaluate
+            utils.training.checkpoint.save_checkpoint, finetune_generative.evaluate = spoiled_save, spoiled_evaluate
             return train(args, plan, model, tokenizer, data, optimizer, state)
 
         finetune_generative.train = spoiled_train
@@ -385,7 +385,7 @@ def test_value_that_is_not_finite_stops_the_run_and_reaches_no_file(workshop, tm
         value = math.inf if where == "average" else VALUES[step % 3]  # AdamW divides by it: the weight stays finite
         line = error_line(ran(command, plant(where, step, value), code=4))
         assert words.format(next=step + 1, at=step) in line, (where, step)
-        saved = utils.checkpoint.list_checkpoints(tmp_path / "run")
+        saved = utils.training.checkpoint.list_checkpoints(tmp_path / "run")
         safe = f"; {saved[0].name} is safe; " if saved else "; no checkpoint yet; "
         assert line.endswith(f"{safe}try a --learning-rate below 0.01"), line
         assert saved or step <= 2, (where, step)

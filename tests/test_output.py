@@ -1,4 +1,4 @@
-"""utils/output.py by itself: who holds it, who is told, and what is left."""
+"""utils/storage.py by itself: who holds it, who is told, and what is left."""
 
 import fcntl
 import os
@@ -9,10 +9,9 @@ from contextlib import suppress
 
 import pytest
 
-import utils.output
-from utils.cli import UserError
-from utils.files import OLD, PARTIAL
-from utils.output import check_output_dir, lock
+import utils.storage
+from utils.errors import UserError
+from utils.storage import OLD, PARTIAL, check_output_dir, lock
 
 
 @pytest.fixture
@@ -72,8 +71,8 @@ def test_a_longer_name_before_leaves_no_rest(tmp_path):
 
 
 def test_folders_are_made_and_synced_and_go_again_when_nothing_was_written(tmp_path, monkeypatch):
-    synced, real = [], utils.output.sync
-    monkeypatch.setattr(utils.output, "sync", lambda path: (synced.append(path), real(path)))
+    synced, real = [], utils.storage.sync
+    monkeypatch.setattr(utils.storage, "sync", lambda path: (synced.append(path), real(path)))
     with pytest.raises(KeyError), lock(tmp_path / "a" / "b", "train"):
         raise KeyError
     assert synced == [tmp_path, tmp_path / "a"]

@@ -7,9 +7,9 @@ import signal
 import pytest
 from conftest import make_book
 
-from utils.data import open_blocks
-from utils.files import MANIFEST, describe_files, read_json
-from utils.tokens import fingerprint_tokenizer, load_tokenizer, train_tokenizer
+from utils.data.blocks import open_blocks
+from utils.data.tokenizer import fingerprint_tokenizer, load_tokenizer, train_tokenizer
+from utils.storage import MANIFEST, describe_files, read_json
 
 
 @pytest.fixture
@@ -195,7 +195,7 @@ def test_two_preparations_are_equal_byte_for_byte(prepare, tmp_path, extra):
 def test_the_same_command_again_is_up_to_date_and_touches_nothing(prepare, tmp_path, monkeypatch):
     first = prepare()
     before = snapshot(tmp_path / "blocks")
-    monkeypatch.setattr("utils.tokens.TokenWriter.write", None)  # nothing is tokenized again
+    monkeypatch.setattr("utils.data.tokenizer.TokenWriter.write", None)  # nothing is tokenized again
     code, out, _ = prepare()
     assert code == 0
     assert "up to date: the same command on the same book, nothing to do" in out
@@ -297,7 +297,7 @@ def test_a_failure_halfway_leaves_the_folder_as_it_was(prepare, tmp_path, monkey
         assert prepare().code == 0
     before = snapshot(tmp_path)
 
-    monkeypatch.setattr("utils.copying.measure_overlap", lambda *_: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr("utils.evaluation.ngrams.measure_overlap", lambda *_: signal.raise_signal(signal.SIGINT))
     assert prepare("--seed", 7, "--overwrite").code == 130
     assert snapshot(tmp_path) == before
     assert [p.name for p in tmp_path.iterdir()] == (["blocks"] if had_one_before else [])
@@ -311,7 +311,7 @@ def test_a_book_that_changes_while_it_is_read_is_refused(prepare, tmp_path, monk
         path.write_text(make_book(101))
         return []
 
-    monkeypatch.setattr("utils.book.plan_validation", plan)
+    monkeypatch.setattr("utils.data.text.plan_validation", plan)
     code, _, err = prepare("--input-path", path)
     assert code == 2
     assert "changed while it was read; try again" in err

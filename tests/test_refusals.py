@@ -25,7 +25,7 @@ import torch
 from datasets import Dataset, DatasetDict, load_from_disk
 from safetensors.torch import load_file, save_file
 
-from utils.files import MANIFEST, describe_files, hash_file
+from utils.storage import MANIFEST, describe_files, hash_file
 
 ROOT = Path(__file__).parents[1]
 TEXT = "One paragraph of a small book.\n\nAnd another, as long as it needs to be.\n\n"
@@ -606,7 +606,7 @@ def test_prepared_folder(refuse, data, damage, says):
 
 def test_data_of_another_tokenizer(refuse, here, book, prepared, model):
     """Row F10."""
-    from utils.tokens import train_tokenizer
+    from utils.data.tokenizer import train_tokenizer
 
     train_tokenizer([book.read_text()[:4000]], 390).save_pretrained(model)
     says = ("data was made with another tokenizer than model's", "run prepare_data.py --model-name model")
@@ -917,11 +917,11 @@ FAILURES = [
      ("out of GPU memory (batch 2) at step ", "is safe; ", "try --batch-size 1")),
     ("F56-first", "transformers.GPT2LMHeadModel.forward", fail_at(3, torch.OutOfMemoryError("CUDA")), [], 3,
      ("out of GPU memory (batch 2) at step 0; ", "no checkpoint yet; ", "try --batch-size 1")),
-    ("F73", "utils.checkpoint.save_optimizer", fail_at(2, OSError(errno.ENOSPC, "full")), [], 3,
+    ("F73", "utils.training.checkpoint.save_optimizer", fail_at(2, OSError(errno.ENOSPC, "full")), [], 3,
      ("no space left on device", " at step 4; ", SAFE + GOES_ON)),
-    ("F74-device", "utils.checkpoint.save_optimizer", fail_at(2, OSError(errno.EIO, "bad")), [], 3,
+    ("F74-device", "utils.training.checkpoint.save_optimizer", fail_at(2, OSError(errno.EIO, "bad")), [], 3,
      ("input/output error", " at step 4; ", SAFE + GOES_ON)),
-    ("F74-read-only", "utils.checkpoint.save_optimizer", fail_at(2, OSError(errno.EROFS, "ro")), [], 3,
+    ("F74-read-only", "utils.training.checkpoint.save_optimizer", fail_at(2, OSError(errno.EROFS, "ro")), [], 3,
      ("read-only file system", " at step 4; ", SAFE + GOES_ON)),
     ("F76", "torch.nn.utils.clip_grad_norm_", infinite_gradient, [], 4,
      ("gradient is not a finite number at step 1 (lr ", "try a --learning-rate below 5e-05")),
@@ -960,7 +960,7 @@ def test_too_little_room(refuse, book, tiny_model, prepared, monkeypatch, row, s
     refuse(SCRIPTS[row[0]], *flags, says=says, code=3)
 
 
-HOLD = "import sys, pathlib, utils.output as l\nwith l.lock(pathlib.Path(sys.argv[1]), sys.argv[2]): print(); input()"
+HOLD = "import sys, pathlib, utils.storage as l\nwith l.lock(pathlib.Path(sys.argv[1]), sys.argv[2]): print(); input()"
 
 
 @pytest.mark.parametrize(("row", "kind"), [pytest.param(*r, id=r[0]) for r in [("P47", "prepare"), ("F57", "train")]])
@@ -1010,11 +1010,11 @@ HUBS = [
 
 @pytest.mark.parametrize(("environment", "says"), [pytest.param(*row, id=name) for name, *row in HUBS])
 def test_hub_out_of_reach(refuse, here, prepared, monkeypatch, environment, says):
-    """No network, and a hub that accepts and stays silent; tests/test_hub.py has more of them."""
+    """No network, and a hub that accepts and stays silent; tests/model/test_hub.py has more of them."""
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(here / "hub"))
-        monkeypatch.setattr("utils.hub.ANSWER_SECONDS", 1)
+        monkeypatch.setattr("utils.model.hub.ANSWER_SECONDS", 1)
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
         flags = [*train_flags(prepared), "--model-name", "gpt2", "--output-dir", "run"]
@@ -1177,7 +1177,7 @@ def unfinished_save(base, tuned):
 
 
 def smaller_vocabulary(base, tuned):
-    from utils.tokens import train_tokenizer
+    from utils.data.tokenizer import train_tokenizer
 
     shutil.rmtree(tuned)
     make_model(tuned, base, vocab_size=390)
@@ -1271,7 +1271,7 @@ def read_ids(folder):
 @pytest.fixture
 def prepare_whole(script, here, tiny_model):
     """Prepare a book without validation; returns its tokens as text."""
-    from utils.tokens import load_tokenizer
+    from utils.data.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(tiny_model)
 
@@ -1315,7 +1315,7 @@ def test_end_of_text_typed_in_a_book(prepare_whole):
 
 def test_exactly_one_block(prepare_whole, tiny_model):
     """A text of one block's tokens is one block."""
-    from utils.tokens import load_tokenizer
+    from utils.data.tokenizer import load_tokenizer
 
     n_tokens = len(load_tokenizer(tiny_model)(LINES)["input_ids"])
     assert prepare_whole(LINES.encode(), block=n_tokens) == LINES

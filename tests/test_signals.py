@@ -20,9 +20,11 @@ import torch
 from forked import Child, digest_files, digest_run, fresh, run_child, strays, undisturbed, workshop  # noqa: F401
 from test_disk import before
 
-from utils import checkpoint, cli, evaluation, files, metrics, model
-from utils import data as blocks
-from utils import output as locks
+from utils import cli, storage
+from utils.data import blocks
+from utils.evaluation import loss
+from utils.model import loading
+from utils.training import checkpoint, metrics
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 SEED = 1872
@@ -163,13 +165,13 @@ def test_signals_at_random_moments(kind, amount):
 # Where a training is when the signal comes: the function, which call of it, and whether the loop has begun.
 MOMENTS = [
     (blocks, "open_blocks", 1, False),
-    (model, "load_pair", 1, False),
+    (loading, "load_pair", 1, False),
     (metrics, "write_run_config", 1, False),
-    (evaluation, "score_blocks", 1, True),
-    (evaluation, "score_blocks", 2, True),
+    (loss, "score_blocks", 1, True),
+    (loss, "score_blocks", 2, True),
     (checkpoint, "save_best", 1, True),
     (checkpoint, "save_optimizer", 1, True),
-    (files, "_seal", 3, True),
+    (storage, "_seal", 3, True),
     (metrics.MetricsLog, "write", 4, True),
     (metrics, "draw_loss_curve", 1, None),
 ]
@@ -256,7 +258,7 @@ def hold_lock(gate):
     """Return a hook for a child: whoever gets the lock stays at the gate."""
 
     def prepare():
-        real = locks.lock
+        real = storage.lock
 
         @contextmanager
         def lock(*args):
@@ -264,7 +266,7 @@ def hold_lock(gate):
                 gate()
                 yield
 
-        locks.lock = lock
+        storage.lock = lock
 
     return prepare
 
@@ -354,7 +356,7 @@ def publish(folder, workshop, values, hook=None):  # noqa: F811
     """Publish best models in a child, all weights of each equal to one value; returns the exit status."""
 
     def prepare():
-        net, tokenizer = model.load_pair(workshop.model)
+        net, tokenizer = loading.load_pair(workshop.model)
         if hook:
             hook()
         for value in values:
@@ -369,7 +371,7 @@ def publish(folder, workshop, values, hook=None):  # noqa: F811
 
 def read_value(folder):
     """Load a published model as generate_text does; the one value of all its weights, or an error."""
-    values = {value for p in model.load_pair(folder)[0].parameters() for value in p.unique().tolist()}
+    values = {value for p in loading.load_pair(folder)[0].parameters() for value in p.unique().tolist()}
     assert len(values) == 1, f"mixed: {values}"
     return values.pop()
 
@@ -440,7 +442,7 @@ def test_a_long_run_needs_no_more_than_a_short_one(workshop, tmp_path, amount): 
     def count_checkpoints():
         names = [path.name for path in out.glob("*") if path.name.startswith("checkpoint-")]
         most[0] = max(
-            most[0], len(names) + (out / files.OLD).exists() + (out / files.PARTIAL / checkpoint.STATE).exists()
+            most[0], len(names) + (out / storage.OLD).exists() + (out / storage.PARTIAL / checkpoint.STATE).exists()
         )
 
     hooks = [own_group, before(checkpoint, "save_optimizer", note, call=None)]

@@ -1,4 +1,4 @@
-"""The command line: parser, number types, UserError, exit codes, settings table.
+"""The command line: parser, number types, signals, settings table, run().
 
 Owns how a script speaks to the person who started it. Knows nothing of books or models, and imports
 nothing heavy, so that a mistyped flag is answered before torch is loaded.
@@ -7,7 +7,6 @@ nothing heavy, so that a mistyped flag is answered before torch is loaded.
 import argparse
 import codecs
 import difflib
-import errno
 import math
 import os
 import re
@@ -17,26 +16,10 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
-EXIT_INPUT = 2
-EXIT_MACHINE = 3
-EXIT_DIVERGED = 4
+from utils.errors import EXIT_INPUT, EXIT_MACHINE, UserError, machine_reason
+
 MAX_ERROR_CHARS = 240
-# The machine's fault, not the user's: full or failing disk, quota, read-only file system.
-MACHINE_ERRNOS = {errno.ENOSPC, errno.EIO, errno.EROFS, errno.EDQUOT}
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-
-class UserError(Exception):
-    """A condition that ends the program with one line on stderr and no traceback.
-
-    Args:
-        message: what is wrong with its value, what was expected, what to do.
-        code: exit status; 2 the user's input, 3 the machine, 4 training diverged.
-    """
-
-    def __init__(self, message: str, code: int = EXIT_INPUT) -> None:
-        super().__init__(message)
-        self.code = code
 
 
 class Stopped(BaseException):
@@ -57,16 +40,6 @@ def catch_signals(receive: Callable[[int, Any], None]) -> None:
 def leave(number: int, _frame: Any) -> NoReturn:
     """Raise the signal as Stopped, wherever the program is."""
     raise Stopped(number)
-
-
-def machine_reason(error: BaseException) -> str | None:
-    """Say in the system's words how the machine failed, or None when it was not the machine.
-
-    The libraries that write from C++ and Rust give the errno in their message only.
-    """
-    found = re.search(r"(?:os error |[Ee]rrno )(\d+)", str(error))
-    number = getattr(error, "errno", None) or (int(found.group(1)) if found else None)
-    return os.strerror(number).lower() if number in MACHINE_ERRNOS else None
 
 
 class StopSignal:
@@ -237,11 +210,6 @@ def print_table(title: str, rows: Iterable[tuple[str, Any]]) -> None:
     for name, value in rows:
         print(f"  {name:<{width}}  {value}")
     print(flush=True)
-
-
-def warn(message: str) -> None:
-    """Print one line on stderr that starts with 'warning: '."""
-    print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:

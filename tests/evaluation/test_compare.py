@@ -1,0 +1,410 @@
+"""The report through its command: its contract, and every figure once more from samples.jsonl and the data folder."""
+
+import hashlib
+import json
+import math
+import shutil
+from argparse import Namespace
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import MEASURED_FLAGS
+from datasets import load_from_disk
+from scorer import independent_loss
+
+import finetune_generative
+from utils.data.blocks import open_blocks
+from utils.evaluation import compare
+from utils.evaluation.loss import CopyProbe, default_copy_rate, measure_extraction, measure_gain
+from utils.evaluation.stylometry import MIN_WORDS, split_words
+from utils.model.loading import autocast, load_pair
+
+MISSING = ["--num-openings", 2, "--max-new-tokens", 8]
+MODELS = ("base", "finetuned")
+
+
+def fp32():
+    return autocast(torch.device("cpu"), "fp32")
+
+
+def read(folder: Path):
+    rows = [json.loads(line) for line in (folder / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
+    return folder, json.loads((folder / "report.json").read_text(encoding="utf-8")), rows
+
+
+@pytest.fixture
+def reported(measured):
+    return read(measured)
+
+
+def token_rows(data: Path, split: str) -> list[list[int]]:
+    return load_from_disk(str(data))[split]["input_ids"]
+
+
+def brute_share(texts, train, length):
+    """Share of tokens in a run of training, by comparing tuples."""
+    runs = {tuple(train[i : i + length]) for i in range(len(train) - length + 1)}
+    copied = 0
+    for text in texts:
+        marked = set()
+        for start in range(len(text) - length + 1):
+            if tuple(text[start : start + length]) in runs:
+                marked |= set(range(start, start + length))
+        copied += len(marked)
+    return copied / sum(map(len, texts))
+
+
+def test_a_line_of_samples_has_what_outsiders_were_promised(reported):
+    _, _, rows = reported
+    for row in rows:
+        assert list(row) == ["prompt", "model", "sample_index", "seed", "prompt_ids", "generated_ids", "text"]
+    pairs = {
+        name: [(r["prompt"], r["sample_index"], r["seed"], r["prompt_ids"]) for r in rows if r["model"] == name]
+        for name in MODELS
+    }
+    assert pairs["base"] == pairs["finetuned"]
+    assert len({(seed, tuple(ids)) for _, _, seed, ids in pairs["base"]}) == len(pairs["base"])
+
+
+def test_the_report_has_what_outsiders_were_promised(reported):
+    folder, report, rows = reported
+    assert report["style_gain"].keys() == {"value", "low", "high"}
+    assert isinstance(report["forgetting_percent"], float)
+    for measure in ("delta", "cosine_delta", "auc"):
+        assert report[measure].keys() == {"heldout", "finetuned", "base"}
+        for name, value in report[measure].items():
+            low, high = report["intervals"][measure][name]
+            assert low <= value <= high
+    for name in ("heldout", "finetuned", "base"):
+        assert report["copy_rate"][name].keys() == {"8", "16", "32"}
+    assert report["longest_copy"]["finetuned"]["tokens"] > 0
+    for name in MODELS:
+        assert report["extraction"][name].keys() == {"train", "heldout"}
+    assert all(isinstance(sentence, str) for sentence in report["verdict"])
+    assert len(report["verdict"]) == 4
+    assert report["missing"] == []
+    for name in ("base_sha256", "finetuned_sha256", "data_sha256", "control_sha256", "seed", "temperature", "top_p"):
+        assert report["settings"][name] is not None
+    lines = (folder / "samples.jsonl").read_bytes()
+    assert report["settings"]["samples_sha256"] == hashlib.sha256(lines).hexdigest()
+    assert report["n_samples"] == len(rows)
+
+
+def test_samples_are_drawn_until_there_are_words_enough(reported):
+    _, report, rows = reported
+    rounds = max(row["sample_index"] for row in rows) + 1
+    words = {name: [sum(len(split_words(r["text"])) for r in rows if r["model"] == name and r["sample_index"] < n)
+                    for n in (rounds - 1, rounds)] for name in MODELS}  # fmt: skip
+    assert min(before for before, _ in words.values()) < MIN_WORDS
+    assert min(after for _, after in words.values()) >= MIN_WORDS
+    assert all(abs(report["counts"]["words"][name] - after) <= 2 for name, (_, after) in words.items())
+
+
+def test_copying_from_samples_and_data_folder_alone(large, reported):
+    _, report, rows = reported
+    train = [token for row in token_rows(large / "blocks", "train") for token in row]
+    texts = {name: [row["generated_ids"] for row in rows if row["model"] == name] for name in MODELS}
+    held_out = [token for row in token_rows(large / "blocks", "validation") for token in row]
+    manifest = json.loads((large / "blocks/manifest.json").read_text())
+    spans = [span["tokens"] for span in manifest["spans"] if span["split"] == "validation"]
+    texts["heldout"] = [held_out[start:end] for start, end in spans]
+    for name, ids in texts.items():
+        for length in (8, 16, 32):
+            assert report["copy_rate"][name][str(length)] == pytest.approx(brute_share(ids, train, length), abs=1e-12)
+        longest = report["longest_copy"][name]["tokens"]
+        assert longest == 0 or brute_share(ids, train, longest) > 0
+        assert brute_share(ids, train, longest + 1) == 0
+    assert report["copy_rate"]["finetuned"]["8"] > report["copy_rate"]["base"]["8"]
+
+
+def test_the_longest_run_is_at_its_place_in_the_book(large, reported):
+    _, report, _ = reported
+    book = (large / "book.txt").read_text(encoding="utf-8")
+    for run in report["longest_copy"].values():
+        if run["tokens"]:
+            assert book[run["char"] :].startswith(run["text"])
+            assert run["share"] == pytest.approx(run["char"] / len(book))
+    for place in report["places"]:
+        crosses = not place["after"]  # two passages meet there in training, where held-out text was taken out
+        assert crosses or book[place["char"] :].startswith(place["text"] + place["after"])
+        assert book[: place["char"]].endswith(place["before"])
+        assert place["tokens"] >= 8
+    pieces = [piece for row in report["texts"] for text in row["columns"]["finetuned"] for piece in text]
+    marked = [piece for piece in pieces if piece["place"] is not None]
+    assert marked
+    for piece in marked:
+        assert report["places"][piece["place"]]["text"].endswith(piece["text"])
+
+
+def test_scores_are_an_independent_scorers(large, tiny_model, reported):
+    _, report, _ = reported
+    rows = torch.tensor(token_rows(large / "blocks", "validation"))
+    manifest = json.loads((large / "blocks/manifest.json").read_text())["splits"]["validation"]
+    gains = []
+    for name, folder in (("base", tiny_model), ("finetuned", large / "model")):
+        loss = independent_loss(load_pair(folder)[0], rows)
+        assert report["scores"]["book"][name]["eval/loss"] == pytest.approx(loss, abs=1e-5)
+        gains.append(loss / math.log(2) / (manifest["bytes"] / manifest["tokens"]))
+    assert report["book_gain"]["value"] == pytest.approx(gains[0] - gains[1], abs=1e-5)
+    assert report["style_gain"]["value"] == pytest.approx(
+        report["book_gain"]["value"] - report["control_gain"]["value"], abs=1e-12
+    )
+    control = report["scores"]["control"]
+    ratio = control["finetuned"]["eval/bits_per_byte"] / control["base"]["eval/bits_per_byte"]
+    assert report["forgetting_percent"] == pytest.approx(100 * (ratio - 1), abs=1e-9)
+
+
+def test_word_table_and_lengths_from_samples_alone(reported):
+    _, report, rows = reported
+    for name in MODELS:
+        words = split_words("\n".join(row["text"] for row in rows if row["model"] == name))
+        counts = Counter(words)
+        for entry in report["words"]:
+            assert entry[name] == pytest.approx(1000 * counts[entry["word"]] / len(words), abs=0.006)
+
+
+def test_the_same_command_gives_the_same_report(large, reported, script):
+    folder, _, _ = reported
+    assert script("generate_text", "--finetuned-model", large / "model", *MEASURED_FLAGS).code == 0
+    for name in ("samples.jsonl", "report.json", "report.html", "report.md", "quiz.html", "README.md"):
+        assert (large / "model" / name).read_bytes() == (folder / name).read_bytes(), name
+
+
+def test_base_against_itself_gains_nothing(large, tiny_model, script, tmp_path):
+    """The whole report on two copies of one model: gain 0 within its interval, and no praise."""
+    shutil.copytree(tiny_model, tmp_path / "copy")
+    flags = ["--base-model", tiny_model, "--data-dir", large / "blocks", *MEASURED_FLAGS]
+    assert script("generate_text", "--finetuned-model", tmp_path / "copy", *flags).code == 0
+    _, report, _ = read(tmp_path / "copy")
+    assert report["style_gain"]["low"] <= 0 <= report["style_gain"]["high"]
+    assert report["style_gain"]["value"] == report["forgetting_percent"] == 0
+    assert report["delta"]["base"] == report["delta"]["finetuned"]
+    assert report["flags"]["learned_the_book"] is False
+    assert not (tmp_path / "copy" / "README.md").exists()  # not ours: no card is written there
+
+
+def test_another_projects_model_card_stays(large, tiny_model, script, tmp_path):
+    shutil.copytree(tiny_model, tmp_path / "theirs")
+    (tmp_path / "theirs" / "README.md").write_text("their own words")
+    flags = ["--base-model", large / "model", "--data-dir", large / "blocks", *MISSING, "--no-measure"]
+    assert script("generate_text", "--finetuned-model", tmp_path / "theirs", *flags).code == 0
+    assert (tmp_path / "theirs" / "README.md").read_text() == "their own words"
+
+
+def test_the_model_card_has_metadata_the_hub_reads(reported):
+    from huggingface_hub import ModelCard
+
+    folder, report, _ = reported
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.library_name == "transformers"
+    assert card.data.base_model == Path(report["settings"]["base_model"]).name
+    results = {result.metric_type: result.metric_value for result in card.data.eval_results}
+    assert results["perplexity"] == pytest.approx(report["scores"]["book"]["finetuned"]["eval/perplexity"], abs=1e-5)
+    assert report["settings"]["data_sha256"] in card.content
+    assert ("Do not share" in card.content) == bool(report["flags"]["recites"] or report["flags"]["copies"])
+
+
+def test_no_copied_run_is_longer_than_max_copy(large, script):
+    folder = large / "model"
+    ran = script("generate_text", "--finetuned-model", folder, *MEASURED_FLAGS, "--max-copy", 5)
+    assert ran.code == 0, ran.err
+    _, report, rows = read(folder)
+    train = [token for row in token_rows(large / "blocks", "train") for token in row]
+    assert brute_share([row["generated_ids"] for row in rows], train, 6) == 0
+    assert report["longest_copy"]["finetuned"]["tokens"] <= 5
+    assert report["max_copy"]["tokens"] == 5
+    generated = sum(len(row["generated_ids"]) for row in rows)
+    assert 0 < report["max_copy"]["acted"] <= report["max_copy"]["generated"] == generated
+    assert f"--max-copy 5 forbade something before {report['max_copy']['acted']:,} of" in report["verdict"][-1]
+
+
+def test_a_small_book_gets_the_report_that_is_possible(prepared, tiny_model, script, tmp_path):
+    shutil.copytree(tiny_model, tmp_path / "tuned")
+    flags = ["--finetuned-model", tmp_path / "tuned", "--base-model", prepared / "none", "--data-dir", prepared]
+    flags[3] = shutil.copytree(tiny_model, tmp_path / "base")
+    ran = script("generate_text", *flags, *MISSING)
+    assert ran.code == 0, ran.err
+    _, report, _ = read(tmp_path / "tuned")
+    assert "delta" not in report
+    assert report["copy_rate"]["heldout"]["8"] > 0
+    assert "style_gain" in report
+    assert any("1,500 words" in reason and "heldout has" in reason for reason in report["missing"])
+    assert "not measured" in ran.out
+    assert "1,500 words" in (tmp_path / "tuned" / "report.html").read_text()
+
+
+def test_without_held_out_text_the_rest_is_measured(book, tiny_model, script, tmp_path):
+    ran = script("prepare_data", "--input-path", book, "--model-name", tiny_model, "--block-size", 32, "--val-split", 0,
+                 "--output-dir", tmp_path / "blocks")  # fmt: skip
+    assert ran.code == 0
+    shutil.copytree(tiny_model, tmp_path / "tuned")
+    base = shutil.copytree(tiny_model, tmp_path / "base")
+    flags = ["--finetuned-model", tmp_path / "tuned", "--base-model", base, "--data-dir", tmp_path / "blocks"]
+    assert script("generate_text", *flags, *MISSING).code == 0
+    _, report, _ = read(tmp_path / "tuned")
+    assert report["copy_rate"].keys() == {"base", "finetuned"}
+    assert report["forgetting_percent"] == 0
+    assert not {"style_gain", "extraction", "delta"} & report.keys()
+    assert any("--val-split 0" in reason for reason in report["missing"])
+
+
+@pytest.mark.parametrize("flag", [[], ["--no-measure"]])
+def test_without_data_or_measures_there_are_samples(tiny_model, script, tmp_path, flag):
+    shutil.copytree(tiny_model, tmp_path / "tuned")
+    base = shutil.copytree(tiny_model, tmp_path / "base")
+    ran = script("generate_text", "--finetuned-model", tmp_path / "tuned", "--base-model", base, *MISSING, *flag)
+    assert ran.code == 0, ran.err
+    _, report, rows = read(tmp_path / "tuned")
+    assert len(rows) == 2 * 3
+    assert report["missing"]
+    assert ("forgetting" in report) == (not flag)
+    assert not {"delta", "copy_rate", "extraction"} & report.keys()
+    for page in ("report.html", "report.md"):
+        assert (tmp_path / "tuned" / page).stat().st_size > 500
+
+
+def test_a_control_text_of_ones_own(large, script, tmp_path):
+    flags = ["--finetuned-model", large / "model", *MISSING, "--no-measure"]
+    assert script("generate_text", *flags[:-1], "--control-path", tmp_path / "none.txt").code == 2
+    (tmp_path / "own.txt").write_text("The cat sat on the mat and looked at me.\n\n" * 40)
+    assert script("generate_text", *flags[:-1], "--control-path", tmp_path / "own.txt").code == 0
+    _, report, _ = read(large / "model")
+    digest = hashlib.sha256((tmp_path / "own.txt").read_bytes()).hexdigest()
+    assert report["settings"]["control_sha256"] == digest
+
+
+def test_max_copy_without_training_text_is_refused(tiny_model, script, tmp_path):
+    shutil.copytree(tiny_model, tmp_path / "tuned")
+    base = shutil.copytree(tiny_model, tmp_path / "base")
+    ran = script("generate_text", "--finetuned-model", tmp_path / "tuned", "--base-model", base, "--max-copy", 8)
+    assert ran.code == 2
+    assert "--max-copy" in ran.err
+
+
+def test_gain_by_hand():
+    nats = {"book": {"base": [4.0, 6.0], "finetuned": [3.0, 3.0], "bytes": 8.0},
+            "control": {"base": [5.0, 5.0], "finetuned": [5.5, 5.5], "bytes": 4.0}}  # fmt: skip
+    gains = measure_gain(nats, seed=0)
+    per_bit = math.log(2)
+    assert gains["book_gain"]["value"] == pytest.approx((10 - 6) / 16 / per_bit)
+    assert gains["control_gain"]["value"] == pytest.approx((10 - 11) / 8 / per_bit)
+    assert gains["style_gain"]["value"] == pytest.approx(4 / 16 / per_bit + 1 / 8 / per_bit)
+    assert gains["forgetting"]["value"] == pytest.approx(10.0)
+    assert gains["forgetting"]["low"] == pytest.approx(10.0)  # every block of the control lost the same
+    # Blocks are drawn whole, with both losses: the book's gain is 1 or 3 nats a block, and all between.
+    assert gains["book_gain"]["low"] == pytest.approx(1 / 8 / per_bit)
+    assert gains["book_gain"]["high"] == pytest.approx(3 / 8 / per_bit)
+    assert measure_gain({}, 0) == {}
+    assert measure_gain({"control": nats["control"]}, 0).keys() == {"control_gain", "forgetting"}
+
+
+def test_extraction_counts_what_is_continued(monkeypatch):
+    """A model that continues the first row whole, the second for two tokens, the third not at all."""
+    rows = [[1, 2, 3, 4, 5, 6], [1, 2, 3, 7, 8, 9], [1, 2, 3, 1, 1, 1]]
+    answers = {(1, 2, 3): iter([[4, 5, 6], [7, 8, 1], [2]])}
+    monkeypatch.setattr("utils.evaluation.generation.generate_ids",
+                        lambda model, eos, prompts, *_: [next(answers[tuple(p)]) for p in prompts])  # fmt: skip
+    found = measure_extraction(None, 0, rows, 2, fp32)
+    assert found == {"exact_match": 1 / 3, "mean_matched": 5 / 3, "prefixes": 3, "tokens": 3}
+
+
+def test_the_quiz_has_its_key_inside(reported, large):
+    _, report, rows = reported
+    book = (large / "book.txt").read_text(encoding="utf-8")
+    made = [row["text"] for row in rows if row["model"] == "finetuned"]
+    assert len(report["quiz"]) == 10
+    assert {True, False} == {item["is_real"] for item in report["quiz"]}
+    for item in report["quiz"]:
+        assert (item["text"] in book) == item["is_real"]
+        assert any(item["text"] in text for text in made) != item["is_real"]
+        assert item["text"] == item["text"].strip()
+    low, high = report["quiz_intervals"][10]
+    assert (low, high) == (pytest.approx(0.025 ** (1 / 10)), 1.0)  # Clopper and Pearson, ten of ten
+    assert report["quiz_intervals"][5][0] == pytest.approx(0.1871, abs=1e-4)
+
+
+def metrics(loss, copy_rate):
+    return {"eval/loss": loss, "eval/copy_rate": copy_rate}
+
+
+def test_the_best_model_may_not_copy():
+    """A lower loss does not count when more is copied than allowed, until nothing else is there."""
+    from utils.training.checkpoint import TrainState
+
+    state, kept = TrainState(), []
+    evaluations = [(5.0, 0.0), (4.0, 0.3), (4.5, 0.1), (4.4, 0.2), (4.6, 0.0), (4.3, 0.2), (3.0, 0.21)]
+    for step, (loss, rate) in enumerate(evaluations):
+        state.step = step
+        if finetune_generative.is_better(metrics(loss, rate), state, max_copy_rate=0.2):
+            kept.append(step)
+    assert kept == [1, 2, 3, 5]  # step 1 only because nothing else was there
+    assert state.best_step == 5
+    assert state.evals_without_gain == 1  # early stopping counts what copied too much as no gain
+
+
+def test_probe_measures_the_same_sample_every_time(large):
+    model, tokenizer = load_pair(large / "model")
+    data = open_blocks(large / "blocks")
+    args = Namespace(copy_samples=6, seed=1, max_copy_rate=None)
+    probe = CopyProbe(args, data, model, tokenizer)
+    before = torch.get_rng_state()
+    first, again = probe.measure(model, fp32), probe.measure(model, fp32)
+    assert first == again
+    assert torch.equal(before, torch.get_rng_state())
+    held_out = compare.ngrams.measure_copying(
+        [data.ids("validation")[a:b] for a, b, _ in data.spans("validation")], data.ids("train")
+    )
+    assert probe.limit == default_copy_rate(held_out["8"]) == 3 * max(held_out["8"], 0.01)
+    assert (
+        CopyProbe(Namespace(copy_samples=0, seed=1, max_copy_rate=0.5), data, model, tokenizer).measure(model, 0) == {}
+    )
+    assert CopyProbe(Namespace(copy_samples=1, seed=1, max_copy_rate=0.5), data, model, tokenizer).limit == 0.5
+
+
+def test_a_run_writes_its_copy_rate(large):
+    evaluated = [json.loads(line) for line in (large / "model/metrics.jsonl").read_text().splitlines()]
+    rates = [row["eval/copy_rate"] for row in evaluated if "eval/loss" in row]
+    results = json.loads((large / "model/all_results.json").read_text())
+    assert len(rates) > 5
+    assert results["copy_rate"] in rates
+    assert results["base_copy_rate"] == rates[0]
+
+
+def test_a_run_that_copies_too_much_says_so(large, script, tmp_path):
+    ran = script("finetune_generative", "--data-dir", large / "blocks", "--output-dir", tmp_path / "run", "--overwrite",
+                 "--model-name", large / "model", "--max-steps", 4, "--sample-tokens", 0, "--copy-samples", 8,
+                 "--max-copy-rate", "1e-9", "--eval-every", 4)  # fmt: skip
+    assert ran.code == 0
+    results = json.loads((tmp_path / "run/all_results.json").read_text())
+    assert results["copy_rate"] > 0
+    assert "every model copied more than" in ran.err
+
+
+def test_a_few_blocks_have_a_loss_but_no_interval(book, tiny_model, script, tmp_path):
+    """A loss is a loss on three blocks too; a gain with an interval needs five."""
+    flags = ["--input-path", book, "--model-name", tiny_model, "--val-split", "0.05", "--block-size", 64]
+    ran = script("prepare_data", *flags, "--output-dir", tmp_path / "blocks")
+    blocks = len(token_rows(tmp_path / "blocks", "validation"))
+    assert 0 < blocks < 5, ran.err
+    tuned, base = (shutil.copytree(tiny_model, tmp_path / name) for name in MODELS)
+    flags = ["--finetuned-model", tuned, "--base-model", base, "--data-dir", tmp_path / "blocks"]
+    assert script("generate_text", *flags, *MISSING).code == 0
+    _, report, _ = read(tuned)
+    assert report["scores"]["book"]["base"]["eval/loss"] > 0
+    assert not {"book_gain", "style_gain"} & report.keys()
+    assert any(f"there are {blocks} blocks of it, 5 are needed" in reason for reason in report["missing"])
+
+
+def test_samples_longer_than_any_held_out_passage_are_measured_all_the_same(large, reported):
+    """No stretch of the author's is as long: his column stays empty, the models' do not."""
+    _, _, rows = reported
+    data, tokenizer = open_blocks(large / "blocks"), load_pair(large / "model")[1]
+    args, missing = Namespace(max_new_tokens=1 + max(map(len, data.passages("validation"))), seed=1), []
+    part = compare.compare_texts(rows, data, tokenizer, "", args, missing)
+    assert part["repetition"]["base"]["distinct_1"] > 0
+    assert part["repetition"]["heldout"]["distinct_1"] is None
+    assert part["counts"]["texts"]["heldout"] == 0
+    assert part["copy_rate"]["heldout"]["8"] > 0  # of whole passages, not of stretches
+    assert any("heldout has 0" in reason for reason in missing)

@@ -1,0 +1,422 @@
+"""Copying equals brute force that shares nothing with it, loops equal hand counts, and the guard keeps runs short."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from utils.evaluation import ngrams
+from utils.evaluation.generation import CopyGuard, Decoding, generate_ids
+from utils.evaluation.ngrams import (
+    NOT_FOUND,
+    RunIndex,
+    copied_tokens,
+    ends_in_loop,
+    find_longest,
+    find_runs,
+    hash_runs,
+    measure_copying,
+    measure_repetition,
+    trace_runs,
+)
+from utils.model.loading import autocast, load_pair
+
+LENGTHS = (1, 2, 5, 8, 16, 32)
+
+
+def array(ids, dtype=np.int64):
+    return np.array(ids, dtype)
+
+
+def first_place(run, train):
+    """Return where a tuple stands first in another, or -1."""
+    for place in range(len(train) - len(run) + 1):
+        if train[place : place + len(run)] == run:
+            return place
+    return -1
+
+
+def mark_copied(text, train, length):
+    """Mark, token by token, what lies in a run of training."""
+    mask = [False] * len(text)
+    for start in range(len(text) - length + 1):
+        if first_place(text[start : start + length], train) >= 0:
+            for i in range(start, start + length):
+                mask[i] = True
+    return mask
+
+
+def longest_shared(text, train):
+    """Return the tokens of the longest run in both, by the lengths of all common endings."""
+    best, before = 0, [0] * (len(train) + 1)
+    for token in text:
+        now = [0] * (len(train) + 1)
+        for place, other in enumerate(train):
+            if token == other:
+                now[place + 1] = before[place] + 1
+                best = max(best, now[place + 1])
+        before = now
+    return best
+
+
+def followers(run, train):
+    """Return, in order, the tokens that stand after a run."""
+    ends = range(len(run), len(train))
+    return sorted({train[end] for end in ends if train[end - len(run) : end] == run})
+
+
+@st.composite
+def corpora(draw):
+    """Draw training and up to three texts, made of its parts and of noise; any of them may be empty."""
+    dice = random.Random(draw(st.integers(0, 1 << 32)))
+    highest = draw(st.sampled_from([0, 1, 1, 3, 50_000]))
+
+    def noise(most):
+        return [dice.randint(0, highest) for _ in range(dice.randint(0, most))]
+
+    train = noise(draw(st.sampled_from([0, 10, 90])))
+    if draw(st.booleans()):
+        train += train[: dice.randint(0, 40)]  # it repeats itself, so a run has a first place and others
+    texts = []
+    for _ in range(draw(st.integers(0, 3))):
+        text = noise(9)
+        for _ in range(dice.randint(0, 2)):
+            start = dice.randint(0, len(train))
+            text += train[start : start + dice.randint(0, 40)] + noise(9)
+        texts.append(tuple(text))
+    return tuple(train), texts
+
+
+@settings(max_examples=60, deadline=None)
+@given(corpus=corpora(), length=st.sampled_from(LENGTHS))
+def test_copied_tokens_equal_a_brute_force_scan(corpus, length):
+    train, texts = corpus
+    masks = copied_tokens([array(text) for text in texts], array(train), length)
+    assert [mask.tolist() for mask in masks] == [mark_copied(text, train, length) for text in texts]
+
+
+@settings(max_examples=50, deadline=None)
+@given(corpus=corpora())
+def test_copy_rates_equal_a_brute_force_scan(corpus):
+    train, texts = corpus
+    total = sum(len(text) for text in texts)
+    expected = {
+        str(n): sum(sum(mark_copied(text, train, n)) for text in texts) / total if total else None for n in (8, 16, 32)
+    }
+    assert measure_copying([array(text) for text in texts], array(train, np.uint16)) == expected
+
+
+@settings(max_examples=60, deadline=None)
+@given(corpus=corpora(), length=st.sampled_from(LENGTHS), chunk=st.sampled_from([1, 7, 1 << 20]))
+def test_the_first_place_is_found(corpus, length, chunk):
+    train, texts = corpus
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ngrams, "CHUNK", chunk)
+        found = find_runs([array(text) for text in texts], array(train, np.uint16), length)
+    assert len(found) == len(texts)
+    for text, places in zip(texts, found, strict=True):
+        runs = [text[start : start + length] for start in range(len(text) - length + 1)]
+        assert places.tolist() == [first_place(run, train) for run in runs]
+
+
+def test_a_run_does_not_reach_across_two_texts():
+    train = array(range(100, 140))
+    apart = [train[:7], train[7:12], train[12:19]]
+    assert measure_copying(apart, train) == {"8": 0.0, "16": 0.0, "32": 0.0}
+    assert find_longest(apart, train)[0] == 7
+    joined = measure_copying([np.concatenate(apart)], train)
+    assert joined == {"8": 1.0, "16": 1.0, "32": 0.0}
+
+
+@settings(max_examples=60, deadline=None)
+@given(corpus=corpora())
+def test_the_longest_run_is_the_longest(corpus):
+    train, texts = corpus
+    tokens, number, start, place = find_longest([array(text) for text in texts], array(train, np.uint16))
+    assert tokens == max((longest_shared(text, train) for text in texts), default=0)
+    if tokens:
+        run = texts[number][start : start + tokens]
+        assert len(run) == tokens
+        assert place == first_place(run, train)
+    else:
+        assert (number, start, place) == (0, 0, 0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(corpus=corpora(), length=st.sampled_from(LENGTHS))
+def test_runs_equal_training_and_cover_what_is_copied(corpus, length):
+    train, texts = corpus
+    for text in texts:
+        covered, starts, ends = [False] * len(text), [-1], [0]
+        for start, end, place in trace_runs(array(text), array(train, np.uint16), length):
+            assert start > starts[-1]
+            assert end > ends[-1]  # each adds something to what those before it cover
+            assert end - start >= length
+            assert 0 <= place <= len(train) - (end - start)
+            assert text[start:end] == train[place : place + end - start]
+            covered[start:end] = [True] * (end - start)
+            starts.append(start)
+            ends.append(end)
+        assert covered == mark_copied(text, train, length)
+
+
+def test_a_copied_passage_is_one_run():
+    train = array(range(200))
+    text = np.concatenate([[900], train[20:60], [901, 902], train[150:157], train[3:11], train[190:]])
+    assert trace_runs(text, train, 8) == [(1, 41, 20), (50, 58, 3), (58, 68, 190)]
+    # One place ends inside the run that goes on from another.
+    assert trace_runs(array([1, 2, 3, 4, 5, 6, 7, 8]), array([1, 2, 3, 4, 5, 0, 3, 4, 5, 6, 7, 8]), 4) == [
+        (0, 5, 0), (2, 8, 6),
+    ]  # fmt: skip
+
+
+@settings(max_examples=60, deadline=None)
+@given(corpus=corpora(), length=st.sampled_from([1, 2, 5, 8]))
+def test_what_follows_a_run_equals_brute_force(corpus, length):
+    train, texts = corpus
+    index = RunIndex(array(train, np.uint16), length)
+    for text in (*texts, train):  # the end of training has nothing after it
+        for start in range(len(text) - length + 1):
+            run = text[start : start + length]
+            assert index.following(array(run)).tolist() == followers(run, train)
+
+
+@settings(max_examples=40, deadline=None)
+@given(corpus=corpora(), length=st.sampled_from(LENGTHS), shift=st.integers(0, 3_000))
+def test_a_run_has_one_hash_wherever_it_stands(corpus, length, shift):
+    train, _ = corpus
+    runs = [train[start : start + length] for start in range(len(train) - length + 1)]
+    alone = [int(hash_runs(array(run, np.uint16), length)[0]) for run in runs]
+    later = hash_runs(array([7] * shift + list(train), np.uint32), length)
+    assert later.dtype == np.uint64
+    assert later[shift : shift + len(runs)].tolist() == hash_runs(array(train), length).tolist() == alone
+    assert len(set(alone)) == len(set(runs))
+
+
+def test_planted_copies_are_measured():
+    """40 % of 100,000 tokens are runs of 40 out of a book of 1 MB."""
+    rng = np.random.default_rng(0)
+    train = rng.integers(0, 50_000, 300_000).astype(np.uint16)
+    texts = list(rng.integers(0, 50_000, (50, 2_000)))
+    for text in texts:
+        for start in range(0, 2_000, 100):
+            place = rng.integers(0, len(train) - 40)
+            text[start + 30 : start + 70] = train[place : place + 40]
+    rates = measure_copying(texts, train)
+    assert rates["8"] == pytest.approx(0.40, abs=0.01)
+    assert rates["16"] == pytest.approx(0.40, abs=0.01)
+    assert rates["32"] == pytest.approx(0.40, abs=0.01)
+    assert measure_copying([text[:69] for text in texts], train)["32"] == pytest.approx(39 / 69, abs=0.01)
+    assert measure_copying([text[:61] for text in texts], train)["32"] == 0  # 31 tokens are no run of 32
+
+
+def test_empty_texts_and_short_training():
+    none, some = array([]), array([1, 2, 3])
+    assert measure_copying([], some) == measure_copying([none, none], some) == {"8": None, "16": None, "32": None}
+    assert measure_copying([array([1, 2, 3] * 4)], some) == {"8": 0.0, "16": 0.0, "32": 0.0}
+    assert measure_copying([array(range(40)), none], none) == {"8": 0.0, "16": 0.0, "32": 0.0}
+    assert [places.tolist() for places in find_runs([some, none, array([5, 1, 2, 3])], some, 3)] == [[0], [], [-1, 0]]
+    assert find_runs([], some, 2) == []
+    assert find_runs([some], none, 2)[0].tolist() == [NOT_FOUND] * 2
+    assert [mask.tolist() for mask in copied_tokens([none, some], some, 8)] == [[], [False] * 3]
+    assert find_longest([], some) == find_longest([none], some) == find_longest([some], none) == (0, 0, 0, 0)
+    assert find_longest([none, array([9, 2, 3])], some) == (2, 1, 1, 1)
+    assert trace_runs(none, some, 2) == trace_runs(some, none, 2) == []
+    for train in (none, array([1]), some):  # three tokens are one run of three, with nothing after it
+        assert RunIndex(train, 3).following(some).tolist() == []
+    assert len(hash_runs(some, 4)) == len(hash_runs(none, 1)) == 0
+
+
+def test_repetition_by_hand():
+    # 1234 2341 3412 4123 1234 2341: two of six stood before. 5 of 11 tokens, 12 23 34 41 55 of 9 pairs.
+    assert measure_repetition([[1, 2, 3, 4, 1, 2, 3, 4, 1], [5, 5]]) == {
+        "repeated_4grams": 2 / 6, "distinct_1": 5 / 11, "distinct_2": 5 / 9, "loops": 0.0,
+    }  # fmt: skip
+    # A text does not repeat another one; all texts together have few different tokens.
+    assert measure_repetition([[1, 2, 3, 4], [1, 2, 3, 4]]) == {
+        "repeated_4grams": 0.0, "distinct_1": 4 / 8, "distinct_2": 3 / 6, "loops": 0.0,
+    }  # fmt: skip
+    # 13 times 7: of 10 runs 9 stood before.
+    assert measure_repetition([[7] * 13, [1, 2, 3], []]) == {
+        "repeated_4grams": 9 / 10, "distinct_1": 4 / 16, "distinct_2": 3 / 14, "loops": 1 / 3,
+    }  # fmt: skip
+
+
+def test_repetition_of_nothing():
+    nothing = {"repeated_4grams": None, "distinct_1": None, "distinct_2": None}
+    assert measure_repetition([]) == {**nothing, "loops": None}
+    assert measure_repetition([[], []]) == {**nothing, "loops": 0.0}
+    assert measure_repetition([[1], [2, 3, 2]]) == {
+        "repeated_4grams": None, "distinct_1": 3 / 4, "distinct_2": 1.0, "loops": 0.0,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("ids", "loops"),
+    [
+        ([7] * 12, True),
+        ([7] * 11, False),
+        ([9] + [7] * 11, False),
+        ([7] * 20 + [8], False),  # it found out again
+        ([1, 2] * 6, True),
+        ([1, 2] * 5 + [1], False),
+        ([2] + [1, 2] * 6, True),
+        ([9] + [2] + [1, 2] * 5, False),  # 11 tokens of period 2
+        ([1, 2, 3, 4] * 3, True),
+        ([9, 2, 3, 4] + [1, 2, 3, 4] * 2, False),
+        ([1, 2, 3, 4, 5] * 3, True),
+        ([1, 2, 3, 4, 5] * 3 + [1, 2], True),  # the loop is cut off in its middle
+        ([8, 8] + [1, 2, 3, 4, 5] * 3, True),
+        ([9, 2, 3, 4, 5] + [1, 2, 3, 4, 5] * 2, False),
+        ([1, 2, 3] * 2 + [1, 9, 3] + [1, 2, 3] * 2, False),
+        ([1, 9, 3] + [1, 2, 3] * 4, True),
+        (list(range(30)) * 3, True),
+        (list(range(30)) * 2, False),
+        (list(range(30)) * 2 + list(range(29)), False),
+        ([], False),
+        ([1, 1, 1], False),
+    ],
+)
+def test_loops_by_hand(ids, loops):
+    assert ends_in_loop(ids) is loops
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    noise=st.lists(st.integers(0, 2), max_size=5),
+    pattern=st.lists(st.integers(0, 2), min_size=1, max_size=7),
+    times=st.integers(1, 13),
+    rest=st.lists(st.integers(0, 2), max_size=2),
+)
+def test_loops_equal_brute_force(noise, pattern, times, rest):
+    ids = noise + pattern * times + rest
+    found = False
+    for period in range(1, len(ids) + 1):
+        alike = 0  # tokens from the end on that equal the one a period before, or are the first period
+        while alike + period < len(ids) and ids[-1 - alike] == ids[-1 - alike - period]:
+            alike += 1
+        found = found or (alike + period >= 12 and alike + period >= 3 * period)
+    assert ends_in_loop(ids) == found
+
+
+def fp32():
+    return autocast(torch.device("cpu"), "fp32")
+
+
+GREEDY = Decoding(max_new_tokens=20, do_sample=False)
+SAMPLED = Decoding(max_new_tokens=20, temperature=0.7, top_k=30, top_p=0.95)
+
+
+@pytest.fixture(scope="module")
+def reciter(tiny_model, book):
+    """Return a model that knows 8 rows of the book by heart, its end of text, the book's ids, and beginnings."""
+    model, tokenizer = load_pair(tiny_model)
+    train = np.array(tokenizer(book.read_text(encoding="utf-8"))["input_ids"], np.uint16)
+    rows = torch.from_numpy(train[:256].astype(np.int64)).view(8, 32)
+    torch.manual_seed(0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0)
+    model.eval()  # no dropout: it is to learn by heart
+    for _ in range(50):
+        model(input_ids=rows, labels=rows).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    prompts = [row[: 2 + number % 7].tolist() for number, row in enumerate(rows)]
+    return model, tokenizer.eos_token_id, train, prompts
+
+
+def longest_new_run(ids, n_prompt, train):
+    """Return the tokens of the longest run of training that ends in a token after the prompt."""
+    best = 0
+    for end in range(n_prompt + 1, len(ids) + 1):
+        while best < end and first_place(tuple(ids[end - best - 1 : end]), train) >= 0:
+            best += 1
+    return best
+
+
+@pytest.mark.parametrize("decoding", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def test_the_guard_keeps_copied_runs_short(reciter, decoding):
+    model, eos, train, prompts = reciter
+    book = tuple(train.tolist())
+    free = generate_ids(model, eos, prompts, list(range(8)), decoding, fp32)
+    runs = [longest_new_run(p + new, len(p), book) for p, new in zip(prompts, free, strict=True)]
+    assert min(runs) > 8, runs
+    for longest in (2, 5, 8):
+        guard = CopyGuard(RunIndex(train, longest), eos)
+        kept = generate_ids(model, eos, prompts, list(range(8)), decoding, fp32, guard)
+        runs = [longest_new_run(p + new, len(p), book) for p, new in zip(prompts, kept, strict=True)]
+        assert max(runs) == longest, runs  # the whole length allowed is used, and no token more
+        assert guard.acted > 0
+
+
+@pytest.mark.parametrize("longest", [2, 5, 8])
+def test_the_guard_counts_the_tokens_before_which_it_forbade(reciter, longest):
+    model, eos, train, prompts = reciter
+    book, index = tuple(train.tolist()), RunIndex(train, longest)
+    for prompt in prompts[:3]:
+        guard, expected = CopyGuard(index, eos), 0
+        new = generate_ids(model, eos, [prompt], [0], GREEDY, fp32, guard)[0]
+        ids, chosen = prompt + new, min(len(new) + 1, GREEDY.max_new_tokens)  # the end of text is chosen too
+        for at in range(len(prompt), len(prompt) + chosen):
+            run = tuple(ids[max(0, at - longest) : at])
+            expected += len(run) == longest and len(followers(run, book)) > 0
+        assert guard.acted == expected > 0
+
+
+@pytest.mark.parametrize("decoding", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def test_where_the_guard_does_not_act_nothing_changes(reciter, decoding):
+    """A row stays as it is with a limit above its own longest run, and not with a limit below."""
+    model, eos, train, prompts = reciter
+    book = tuple(train.tolist())
+    for seed, prompt in enumerate(prompts[:4]):
+        free = generate_ids(model, eos, [prompt], [seed], decoding, fp32)[0]
+        longest = longest_new_run(prompt + free[:-1], len(prompt), book)  # after the last token nothing is chosen
+        for allowed in (longest + 1, longest + 5, longest):
+            guard = CopyGuard(RunIndex(train, allowed), eos)
+            new = generate_ids(model, eos, [prompt], [seed], decoding, fp32, guard)[0]
+            assert (guard.acted == 0) == (allowed > longest)
+            assert new == free or allowed == longest
+
+
+def test_a_run_that_begins_in_the_prompt_is_not_drawn_out(reciter):
+    model, eos, train, _ = reciter
+    book, prompt = tuple(train.tolist()), train[:20].tolist()
+    free = generate_ids(model, eos, [prompt], [0], GREEDY, fp32)[0]
+    assert free[:8] == train[20:28].tolist()
+    kept = generate_ids(model, eos, [prompt], [0], GREEDY, fp32, CopyGuard(RunIndex(train, 8), eos))[0]
+    assert first_place((*prompt[-8:], kept[0]), book) == NOT_FOUND
+
+
+def test_a_finished_row_is_not_counted(reciter):
+    """After its end of text a row waits for the others: nothing is forbidden it, whatever stands in training."""
+    eos = reciter[1]
+    guard = CopyGuard(RunIndex(array([5, eos, 6, 5, 7]), 2), eos)
+    scores = torch.zeros(3, 10)
+    out = guard(torch.tensor([[4, 5, eos], [1, 6, 5], [1, 2, 3]]), scores.clone())
+    assert guard.acted == 1
+    assert torch.isinf(out).nonzero().tolist() == [[1, 7]]
+    assert torch.equal(out.nan_to_num(neginf=0), scores)
+
+
+def test_a_guard_of_another_text_does_nothing(reciter):
+    model, eos, _, prompts = reciter
+    free = generate_ids(model, eos, prompts, list(range(8)), SAMPLED, fp32)
+    unused = sorted(set(range(400)) - {token for row in (*prompts, *free) for token in row})[:9]
+    for train in (array(unused * 9), array(unused[:1]), array([])):
+        guard = CopyGuard(RunIndex(train, 2), eos)
+        assert generate_ids(model, eos, prompts, list(range(8)), SAMPLED, fp32, guard) == free
+        assert guard.acted == 0
+
+
+def test_the_guard_does_not_depend_on_the_rows_beside(reciter):
+    """Training of two books has an end of text in its middle; a shorter prompt is filled up with the same token."""
+    model, eos, _, _ = reciter
+    alone = [11, 12]
+    new = generate_ids(model, eos, [alone], [0], GREEDY, fp32)[0]
+    train = array([30, eos, *alone, new[0], 31])  # the second book begins as the sample does
+    index = RunIndex(train, 3)
+    single = generate_ids(model, eos, [alone], [0], GREEDY, fp32, CopyGuard(index, eos))[0]
+    batch = generate_ids(model, eos, [alone, [11, 12, 13]], [0, 1], GREEDY, fp32, CopyGuard(index, eos))[0]
+    assert single == batch

@@ -1,0 +1,143 @@
+"""The faster layers compute what those they replace compute, and draw what they should."""
+
+import copy
+
+import pytest
+import torch
+from scorer import independent_loss
+from transformers import GPT2Config, GPT2LMHeadModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from utils.model import layers
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def pair():
+    """A small GPT-2 without dropout and its faster twin, in training mode."""
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=300, n_positions=64, n_embd=32, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0,
+                        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)  # fmt: skip
+    plain = GPT2LMHeadModel(config).train()
+    fast = copy.deepcopy(plain)
+    layers.speed_up(fast, CPU)
+    return plain, fast
+
+
+def test_loss_and_gradients_are_the_plain_models(pair):
+    input_ids = torch.randint(0, 300, (3, 64))  # more rows than are worked on at once
+    assert input_ids.numel() > layers.ROWS["cpu"]
+    plain, fast = (model(input_ids=input_ids, labels=input_ids).loss for model in pair)
+    assert fast.item() == pytest.approx(plain.item(), abs=1e-6)
+    assert fast.item() == pytest.approx(independent_loss(pair[0], input_ids), abs=1e-5)
+    (plain * 0.25).backward()
+    (fast * 0.25).backward()
+    for expected, found in zip(pair[0].parameters(), pair[1].parameters(), strict=True):
+        assert torch.allclose(found.grad, expected.grad, rtol=1e-4, atol=1e-7)
+
+
+def test_loss_in_bf16_keeps_its_sum_in_float32(pair):
+    input_ids = torch.randint(0, 300, (3, 64))
+    with torch.autocast("cpu", torch.bfloat16):
+        plain, fast = (model(input_ids=input_ids, labels=input_ids).loss for model in pair)
+    assert fast.dtype == torch.float32
+    assert fast.item() == pytest.approx(plain.item(), abs=1e-3)
+
+
+def test_no_gradient_is_made_where_none_is_wanted(pair, monkeypatch):
+    monkeypatch.setattr(torch, "empty_like", None)
+    with torch.no_grad():
+        assert pair[1](input_ids=torch.ones(1, 8, dtype=torch.long), labels=torch.ones(1, 8, dtype=torch.long)).loss > 0
+
+
+def test_weights_config_and_mode_stay(pair):
+    plain, fast = pair
+    assert plain.state_dict().keys() == fast.state_dict().keys()
+    assert plain.config.to_dict() == fast.config.to_dict()
+    asleep = copy.deepcopy(plain).eval()
+    layers.speed_up(asleep, CPU)
+    assert not any(module.training for module in asleep.modules())
+    replaced = {type(module) for module in fast.modules()}
+    assert {torch.nn.GELU, layers.CheapDropout} <= replaced
+
+
+def test_a_gpu_and_a_compiled_model_keep_their_dropout(pair):
+    for device, compiled in ((torch.device("cuda"), False), (CPU, True)):
+        model = copy.deepcopy(pair[0])
+        layers.speed_up(model, device, compiled)
+        assert not any(isinstance(module, layers.CheapDropout) for module in model.modules())
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
+def test_dropout_drops_at_its_rate_and_keeps_the_mean(rate):
+    torch.manual_seed(1)
+    values = torch.ones(999, 1001)  # not a whole number of draws
+    out = layers.drop(values, rate)
+    n, dropped = values.numel(), (out == 0).sum().item()
+    assert abs(dropped - n * rate) < 5 * (n * rate * (1 - rate)) ** 0.5
+    assert out[out > 0].unique().item() == pytest.approx(1 / (1 - rate), rel=1e-4)
+    # Elements that share a draw are as independent as any others.
+    flat = (out == 0).flatten().float()
+    for lag in (1, 2, 3, 4):
+        both = (flat[lag:] * flat[:-lag]).mean().item()
+        assert both == pytest.approx(rate**2, abs=5 * rate / n**0.5)
+
+
+def test_dropout_follows_the_seed_and_sleeps_in_evaluation():
+    layer, values = layers.CheapDropout(0.3), torch.randn(50, 7)
+    torch.manual_seed(5)
+    first = layer(values)
+    assert not torch.equal(first, layer(values))
+    torch.manual_seed(5)
+    assert torch.equal(first, layer(values))
+    assert layer.eval()(values) is values
+    assert layers.drop(values, 0.0) is values
+
+
+@pytest.mark.parametrize("scaling", [None, 0.3])
+def test_attention_is_sdpas_but_for_what_is_dropped(scaling, monkeypatch):
+    torch.manual_seed(2)
+    query, key, value = (torch.randn(2, 3, 10, 8).transpose(1, 2).contiguous().transpose(1, 2) for _ in range(3))
+    module = torch.nn.Module()
+    module.is_causal = module.drops_cheaply = True
+    expected, _ = sdpa_attention_forward(module, query, key, value, None, scaling=scaling)
+    drops = []
+    monkeypatch.setattr(layers, "drop", lambda weights, rate: drops.append(rate) or weights)
+    found, _ = layers.attend(module, query, key, value, None, dropout=0.25, scaling=scaling)
+    assert drops == [0.25]
+    assert torch.allclose(found, expected, atol=1e-6)
+    assert found.shape == expected.shape == (2, 10, 3, 8)
+
+
+def test_attention_with_a_mask_or_without_dropout_is_left_to_sdpa(monkeypatch):
+    monkeypatch.setattr(layers, "drop", None)
+    module = torch.nn.Module()
+    module.is_causal = module.drops_cheaply = True
+    query = torch.randn(1, 2, 5, 4)
+    mask = torch.ones(1, 1, 5, 5, dtype=torch.bool)
+    for attention_mask, dropout in ((mask, 0.5), (None, 0.0)):
+        found, _ = layers.attend(module, query, query, query, attention_mask, dropout=dropout)
+        assert found.shape == (1, 5, 2, 4)
+
+
+def test_a_model_in_training_attends_with_our_dropout(pair, monkeypatch):
+    model = copy.deepcopy(pair[0])
+    layers.speed_up(model, CPU)
+    for block in model.transformer.h:
+        block.attn.attn_dropout.p = block.attn.config.attn_pdrop = 0.5
+    rates = []
+    drop = layers.drop
+    monkeypatch.setattr(
+        layers, "drop", lambda values, rate: rates.append((values.shape[-2:], rate)) or drop(values, rate)
+    )
+    input_ids = torch.ones(1, 8, dtype=torch.long)
+    model(input_ids=input_ids, labels=input_ids)
+    assert rates.count((torch.Size([8, 8]), 0.5)) == 2
+    rates.clear()
+    pair[0].transformer.h[0].attn.attn_dropout.p = 0.5
+    pair[0](input_ids=input_ids, labels=input_ids)
+    assert not rates, "another model of this process has its own dropout"
+    model.eval()
+    model(input_ids=input_ids, labels=input_ids)
+    assert not rates

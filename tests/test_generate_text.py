@@ -1,0 +1,253 @@
+"""Batches, seeds, and the comparison as a command."""
+
+import hashlib
+import json
+import shutil
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+from utils.evaluation import stylometry
+from utils.evaluation.generation import Decoding, SeededSampling, encode_prompt, generate_ids
+from utils.evaluation.report import quote
+from utils.model.loading import autocast, load_pair
+from utils.storage import read_json
+
+
+def fp32():
+    return autocast(torch.device("cpu"), "fp32")
+
+
+@pytest.fixture(scope="module")
+def pair(tiny_model):
+    return load_pair(tiny_model)
+
+
+@pytest.fixture
+def prompts(pair):
+    texts = ["Day 12. Hal went to", "", "Ada", "It was 3 steps away.\n\nDay 5. Ines went to the old quay and"]
+    return [encode_prompt(pair[1], text) for text in texts]
+
+
+def test_batched_greedy_equals_single(pair, prompts):
+    model, tokenizer = pair
+    greedy = Decoding(max_new_tokens=20, do_sample=False)
+    batch = generate_ids(model, tokenizer.eos_token_id, prompts, [0] * 4, greedy, fp32)
+    single = [generate_ids(model, tokenizer.eos_token_id, [ids], [0], greedy, fp32)[0] for ids in prompts]
+    assert batch == single
+    assert len(set(map(tuple, batch))) == len(batch)
+
+
+def test_greedy_equals_transformers_generate(pair, prompts):
+    model, tokenizer = pair
+    greedy = Decoding(max_new_tokens=20, do_sample=False)
+    for ids in prompts:
+        expected = model.generate(
+            torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)), max_new_tokens=20, do_sample=False
+        )
+        new = expected[0, len(ids) :].tolist()
+        new = new[: new.index(tokenizer.eos_token_id)] if tokenizer.eos_token_id in new else new
+        assert generate_ids(model, tokenizer.eos_token_id, [ids], [0], greedy, fp32) == [new]
+
+
+def test_a_sample_depends_on_its_seed_alone(pair, prompts):
+    model, tokenizer = pair
+    decoding = Decoding(max_new_tokens=12, temperature=1.0)
+    batch = generate_ids(model, tokenizer.eos_token_id, prompts, [5, 6, 7, 8], decoding, fp32)
+    alone = generate_ids(model, tokenizer.eos_token_id, prompts[2:3], [7], decoding, fp32)
+    other = generate_ids(model, tokenizer.eos_token_id, prompts[2:3], [9], decoding, fp32)
+    assert batch[2] == alone[0] != other[0]
+
+
+def test_sampling_leaves_the_global_generator_alone(pair, prompts):
+    model, tokenizer = pair
+    before = torch.get_rng_state()
+    generate_ids(model, tokenizer.eos_token_id, prompts, [1, 2, 3, 4], Decoding(max_new_tokens=5), fp32)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_draws_follow_the_softmax():
+    """4,000 draws from known probabilities, within four standard errors."""
+    probabilities = torch.tensor([0.5, 0.3, 0.15, 0.05])
+    n = 4000
+    scores = probabilities.log().expand(n, 4)
+    drawn = SeededSampling(list(range(n)), Decoding(top_p=1.0))(None, scores).argmax(-1)
+    shares = torch.bincount(drawn, minlength=4) / n
+    errors = (probabilities * (1 - probabilities) / n).sqrt()
+    assert ((shares - probabilities).abs() < 4 * errors).all(), shares
+
+
+class NoDoubles(TorchDispatchMode):
+    """Fails when a tensor is float64, which Apple's GPUs do not have; a generator's numbers are always the CPU's."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if "aten.rand.generator" not in str(function) and "_local_scalar_dense" not in str(function):
+            for value in torch.utils._pytree.tree_leaves((args, kwargs, result)):
+                assert not isinstance(value, torch.Tensor) or value.dtype != torch.float64, function
+        return result
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 5}, {"top_p": 1.0}, {"do_sample": False}])
+def test_no_tensor_of_sampling_is_float64(pair, prompts, options):
+    model, tokenizer = pair
+    with NoDoubles():
+        new = generate_ids(model, tokenizer.eos_token_id, prompts, [1, 2, 3, 4], Decoding(6, **options), fp32)
+    assert len(new) == 4
+    with pytest.raises(AssertionError), NoDoubles():
+        torch.ones(2).cumsum(-1, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"top_p": 0.9}, {"top_p": 0.3}, {"top_p": 0.01}, {"top_p": 1.0, "top_k": 3},
+     {"top_p": 0.7, "top_k": 6, "temperature": 0.6}, {"top_p": 0.95, "temperature": 1.7}],
+)  # fmt: skip
+def test_draws_follow_transformers_top_k_and_top_p(options):
+    """5,000 draws against the probabilities that transformers' own processors leave."""
+    decoding = Decoding(**options)
+    torch.manual_seed(4)
+    scores, n = torch.randn(1, 12) * 1.5, 5000
+    expected = TemperatureLogitsWarper(decoding.temperature)(None, scores)
+    if decoding.top_k:
+        expected = TopKLogitsWarper(decoding.top_k)(None, expected)
+    probabilities = TopPLogitsWarper(decoding.top_p)(None, expected).softmax(-1)[0]
+    drawn = SeededSampling(list(range(n)), decoding)(None, scores.expand(n, 12)).argmax(-1)
+    shares = torch.bincount(drawn, minlength=12) / n
+    errors = (probabilities * (1 - probabilities) / n).sqrt()
+    assert ((shares - probabilities).abs() <= 4.5 * errors).all(), (shares, probabilities)
+
+
+def test_a_diverged_models_scores_come_to_an_end():
+    scores = torch.full((3, 8), torch.nan)
+    assert SeededSampling([1, 2, 3], Decoding())(None, scores).shape == (3, 8)
+
+
+def test_what_is_forbidden_is_never_drawn():
+    scores = torch.tensor([[0.0, -torch.inf, 0.0, -torch.inf]]).expand(500, 4)
+    drawn = SeededSampling(list(range(500)), Decoding(top_p=1.0))(None, scores).argmax(-1)
+    assert set(drawn.tolist()) == {0, 2}
+
+
+def test_top_k_one_is_greedy(pair, prompts):
+    model, _ = pair
+    greedy = generate_ids(model, 0, prompts, [0] * 4, Decoding(max_new_tokens=8, do_sample=False), fp32)
+    assert generate_ids(model, 0, prompts, [3] * 4, Decoding(max_new_tokens=8, top_k=1), fp32) == greedy
+    assert generate_ids(model, 0, prompts, [3] * 4, Decoding(max_new_tokens=8, temperature=0), fp32) == greedy
+
+
+@pytest.fixture(scope="module")
+def finetuned(tmp_path_factory, prepared, script_once):
+    """A fine-tuned folder of a few steps."""
+    out = tmp_path_factory.mktemp("run") / "out"
+    flags = ["--max-steps", 6, "--learning-rate", "1e-2", "--sample-tokens", 0, "--copy-samples", 0, "--dtype", "fp32"]
+    script_once("finetune_generative", "--data-dir", prepared, "--output-dir", out, *flags)
+    return out
+
+
+# Not measured: further rounds of samples would be drawn, until they are long enough.
+QUICK = ["--num-openings", 2, "--no-measure"]
+
+
+def read_samples(folder):
+    return [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+
+
+def test_samples_are_paired_and_complete(finetuned, script):
+    # In bf16 a row's rounding may depend on the rows beside it.
+    flags = ["--max-new-tokens", 6, "--num-samples", 3, "--seed", 7, "--dtype", "fp32", *QUICK]
+    ran = script("generate_text", "--finetuned-model", finetuned, *flags)
+    assert ran.code == 0, ran.err
+    rows = read_samples(finetuned)
+    keys = {"prompt", "model", "sample_index", "seed", "prompt_ids", "generated_ids", "text"}
+    assert all(set(row) == keys for row in rows)
+    assert len(rows) == 2 * 3 * 5  # models x samples x (three prompts and two openings)
+    luck = {
+        name: [(row["prompt"], row["sample_index"], row["seed"]) for row in rows if row["model"] == name]
+        for name in ("base", "finetuned")
+    }
+    assert luck["base"] == luck["finetuned"]
+    assert len({seed for _, _, seed in luck["base"]}) == 15
+    page = (finetuned / "report.md").read_text()
+    assert page.count("**the author really wrote**") == 2
+    assert page.count("**base model**") == page.count("**fine-tuned model**") == 15
+    assert "| max_new_tokens | 6 |" in page
+    first = (finetuned / "samples.jsonl").read_bytes()
+    report = read_json(finetuned / "report.json")
+    assert report["n_samples"] == 30
+    assert report["settings"]["samples_sha256"] == hashlib.sha256(first).hexdigest()
+    script("generate_text", "--finetuned-model", finetuned, *flags, "--batch-size", 2)
+    assert (finetuned / "samples.jsonl").read_bytes() == first
+
+
+def test_rounds_are_drawn_until_there_is_enough_to_measure(finetuned, script, tmp_path, monkeypatch):
+    monkeypatch.setattr(stylometry, "MIN_WORDS", 60)
+    (tmp_path / "control.txt").write_text("General text is another's. " * 60)
+    flags = ["--max-new-tokens", 6, "--num-openings", 2, "--control-path", tmp_path / "control.txt"]
+    ran = script("generate_text", "--finetuned-model", finetuned, *flags)
+    assert ran.code == 0, ran.err
+    rows, n_words = read_samples(finetuned), {}
+    for row in rows:
+        key = row["model"], row["sample_index"]
+        n_words[key] = n_words.get(key, 0) + len(stylometry.split_words(row["text"]))
+    rounds = 1 + max(index for _, index in n_words)
+    assert len(rows) == 2 * rounds * 5
+    assert len({row["seed"] for row in rows}) == rounds * 5
+    written = {name: [n_words[name, index] for index in range(rounds)] for name in ("base", "finetuned")}
+    assert min(sum(words[:-1]) for words in written.values()) < 60 <= min(map(sum, written.values()))
+    assert rounds > 1
+    counted = read_json(finetuned / "report.json")["counts"]["words"]
+    assert all(counted[name] >= 60 for name in written)
+
+
+def test_prompts_from_flags_and_file(finetuned, script, tmp_path):
+    (tmp_path / "prompts.txt").write_text("Day 1.\n\nJory went\n")
+    twice = ["--prompt", "Ada ", "--prompt", "Ada "]  # asked once
+    ran = script("generate_text", "--finetuned-model", finetuned, *twice, "--prompts-file", tmp_path / "prompts.txt",
+                 "--max-new-tokens", 4, *QUICK)  # fmt: skip
+    assert ran.code == 0
+    assert "prompt 'Ada ' ends in a space" in ran.err
+    texts = read_json(finetuned / "report.json")["texts"]
+    asked = [row["prompt"] for row in read_samples(finetuned) if row["model"] == "base"]
+    assert asked == [row["prompt"] for row in texts]
+    assert asked[:3] == ["Ada ", "Day 1.", "Jory went"]
+    assert [row["is_opening"] for row in texts] == [False] * 3 + [True] * 2
+
+
+def test_authors_continuation_is_the_books(finetuned, script, book):
+    assert script("generate_text", "--finetuned-model", finetuned, "--max-new-tokens", 6, *QUICK).code == 0
+    openings = [row for row in read_json(finetuned / "report.json")["texts"] if row["is_opening"]]
+    text, page = book.read_text(), (finetuned / "report.md").read_text()
+    assert len(openings) == 2
+    for opening in openings:
+        [pieces] = opening["columns"]["heldout"]
+        written = "".join(piece["text"] for piece in pieces)
+        assert opening["prompt"] + written in text
+        assert written.strip()
+        assert f"**the author really wrote**\n\n{quote(written)}\n" in page
+
+
+def test_without_held_out_text_the_samples_still_come(finetuned, script, tmp_path, tiny_model):
+    alone = tmp_path / "alone"
+    kept = shutil.ignore_patterns("run_config.json", "README.md", "report.*", "quiz.html", "samples.jsonl")
+    shutil.copytree(finetuned, alone, ignore=kept)
+    ran = script("generate_text", "--finetuned-model", alone, "--base-model", tiny_model, "--max-new-tokens", 4)
+    assert ran.code == 0, ran.err
+    assert "not measured: style and copying: there is no prepared data; give --data-dir" in ran.out
+    assert "held-out pages" not in ran.out
+    assert len(read_samples(alone)) == 2 * 3
+    made = {"samples.jsonl", "report.json", "report.html", "report.md"}
+    assert {path.name for path in alone.iterdir()} - {path.name for path in finetuned.iterdir()} <= made
+    assert made <= {path.name for path in alone.iterdir()}
+    assert not (alone / "README.md").exists(), "a model card is written only where finetune_generative.py has been"
+
+
+def test_narrow_terminal_puts_texts_below_each_other(finetuned, script, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    ran = script("generate_text", "--finetuned-model", finetuned, "--max-new-tokens", 4, *QUICK)
+    assert "[fine-tuned model]" in ran.out
+    shown = ran.out.split("=====\n", 1)[1].split("\nworth opening: ")
+    assert len(shown) == 2
+    assert max(map(len, shown[0].splitlines())) <= 40

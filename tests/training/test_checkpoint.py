@@ -1,0 +1,258 @@
+"""utils/training/checkpoint.py by itself: what a checkpoint holds, which one is taken, what is refused."""
+
+import json
+import shutil
+from dataclasses import asdict
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import utils.training.checkpoint as checkpoint
+from utils.errors import UserError
+from utils.model.loading import load_pair
+from utils.storage import MANIFEST, describe_files, read_json, read_sealed, verify_folder, write_json, write_sealed
+from utils.training.checkpoint import TrainState
+from utils.training.optim import build_optimizer
+
+FILES = ["config.json", "generation_config.json", MANIFEST, "model.safetensors", "optimizer.safetensors",
+         "rng_state.safetensors", "tokenizer.json", "tokenizer_config.json", "trainer_state.json"]  # fmt: skip
+
+
+@pytest.fixture
+def parts(tiny_model):
+    """A tiny model, its tokenizer and an AdamW that has made one step."""
+    model, tokenizer = load_pair(tiny_model)
+    optimizer = build_optimizer(model, 1e-3, 0.01, (0.9, 0.999), 1e-8)
+    model(input_ids=torch.arange(20)[None], labels=torch.arange(20)[None]).loss.backward()
+    optimizer.step()
+    return model, tokenizer, optimizer
+
+
+def save(out, parts, step, keep=2, **fields):
+    return checkpoint.save_checkpoint(out, *parts, TrainState(step=step, **fields), keep)
+
+
+def reseal(folder):
+    """Make a checkpoint's manifest agree with its files again, as one who means harm would."""
+    write_sealed(folder, read_sealed(folder) | {"files": describe_files(folder)})
+
+
+def test_a_checkpoint_is_a_folder_of_safetensors_and_json(tmp_path, parts):
+    best = {"eval/loss": 1.5, "eval/copy_rate": 0.25}
+    folder = save(tmp_path, parts, 7, tokens=99, best_metrics=best)
+    assert folder == tmp_path / "checkpoint-7"
+    assert sorted(path.name for path in folder.iterdir()) == FILES
+    assert read_json(folder / MANIFEST)["format"] == checkpoint.FORMAT == 1
+    assert sorted(read_json(folder / MANIFEST)["files"]) == sorted(set(FILES) - {MANIFEST})
+    assert checkpoint.read_state(folder) == TrainState(step=7, tokens=99, best_metrics=best)
+    assert checkpoint.check_checkpoint(folder) is None
+
+
+def test_keeps_the_newest(tmp_path, parts):
+    (tmp_path / "checkpoint-best").mkdir()
+    for step in (8, 9, 10, 100):
+        save(tmp_path, parts, step, keep=3)
+    assert [path.name for path in checkpoint.list_checkpoints(tmp_path)] == [
+        "checkpoint-100", "checkpoint-10", "checkpoint-9",
+    ]  # fmt: skip
+    assert (tmp_path / "checkpoint-best").is_dir()
+
+
+def test_the_new_one_is_in_place_before_an_old_one_goes(tmp_path, parts, monkeypatch):
+    save(tmp_path, parts, 1, keep=1)
+    seen = []
+    monkeypatch.setattr(
+        checkpoint, "discard", lambda path: seen.append((path.name, checkpoint.find_checkpoint(tmp_path)))
+    )
+    save(tmp_path, parts, 2, keep=1)
+    assert seen == [("checkpoint-1", tmp_path / "checkpoint-2")]
+
+
+def test_size_is_that_of_weights_and_two_averages(tmp_path, parts):
+    folder = save(tmp_path, parts, 1)
+    written = sum(path.stat().st_size for path in folder.iterdir())
+    tensors = 3 * sum(p.numel() for p in parts[0].parameters()) * 4
+    assert checkpoint.checkpoint_bytes(parts[0]) == tensors + checkpoint.OTHER_BYTES
+    assert tensors < written < checkpoint.checkpoint_bytes(parts[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_best_model_is_published_with_a_manifest(tmp_path, parts, dtype):
+    checkpoint.save_best(tmp_path, parts[0], parts[1], dtype)
+    assert verify_folder(tmp_path) is None
+    assert {tensor.dtype for tensor in load_file(tmp_path / "model.safetensors").values()} == {dtype}
+    assert {p.dtype for p in parts[0].parameters()} == {torch.float32}
+    assert read_json(tmp_path / MANIFEST)["format"] == 1
+    assert (tmp_path / "tokenizer.json").is_file()
+
+
+def test_the_newest_good_one_is_found(tmp_path, parts, capsys):
+    assert checkpoint.find_checkpoint(tmp_path) is None
+    for step in (1, 2, 10):
+        save(tmp_path, parts, step, keep=3)
+    assert checkpoint.find_checkpoint(tmp_path).name == "checkpoint-10"
+    assert capsys.readouterr().err == ""
+    (tmp_path / "checkpoint-10" / "optimizer.safetensors").write_bytes(b"")
+    (tmp_path / "checkpoint-2" / MANIFEST).unlink()
+    assert checkpoint.find_checkpoint(tmp_path).name == "checkpoint-1"
+    size = (tmp_path / "checkpoint-1" / "optimizer.safetensors").stat().st_size
+    why = f"checkpoint-10 unusable (optimizer.safetensors is damaged: 0 bytes, expected {size})"
+    assert capsys.readouterr().err == f"warning: {why}; resuming from checkpoint-1\n"
+    (tmp_path / "checkpoint-1" / "config.json").unlink()
+    with pytest.raises(UserError) as raised:
+        checkpoint.find_checkpoint(tmp_path)
+    assert str(raised.value) == (
+        f"output-dir: 3 checkpoints, none usable; --overwrite starts anew: {why}, checkpoint-2 unusable "
+        "(manifest.json: no such file), checkpoint-1 unusable (config.json is missing)"
+    )
+
+
+def test_a_newer_format_is_refused_and_not_passed_over(tmp_path, parts, capsys):
+    save(tmp_path, parts, 1)
+    newest = save(tmp_path, parts, 2)
+    write_sealed(newest, read_sealed(newest) | {"format": 2})
+    with pytest.raises(UserError, match=r"checkpoint-2: format 2 is newer than this program \(1\)"):
+        checkpoint.find_checkpoint(tmp_path)
+    for made in ("1", None):  # no newer one: damaged
+        write_sealed(newest, read_sealed(newest) | {"format": made})
+        assert checkpoint.find_checkpoint(tmp_path).name == "checkpoint-1"
+        assert "manifest.json is damaged: no format" in capsys.readouterr().err
+
+
+STATES = [{"step": None}, {"step": "3"}, {"step": 3.0}, {"more": 1}, {"finished": 1}, {"machine": []}]
+
+
+@pytest.mark.parametrize("change", STATES)
+def test_a_state_of_another_form_is_not_used(tmp_path, parts, change):
+    folder = save(tmp_path, parts, 1)
+    state = {k: v for k, v in (asdict(TrainState()) | change).items() if v is not None}
+    (folder / checkpoint.STATE).write_text(json.dumps(state))
+    reseal(folder)
+    assert "trainer_state.json is damaged: its fields are not step, tokens" in checkpoint.check_checkpoint(folder)
+
+
+def test_optimizer_comes_back_to_the_bit(tmp_path, parts, tiny_model):
+    model, _, optimizer = parts
+    folder = save(tmp_path, parts, 1)
+    again, _ = load_pair(tiny_model)
+    empty = build_optimizer(again, 1e-3, 0.01, (0.9, 0.999), 1e-8)
+    checkpoint.restore_optimizer(again, empty, folder / "optimizer.safetensors")
+    for old, new in zip(model.parameters(), again.parameters(), strict=True):
+        assert optimizer.state[old].keys() == empty.state[new].keys() == {"step", "exp_avg", "exp_avg_sq"}
+        for key, value in optimizer.state[old].items():
+            assert torch.equal(value, empty.state[new][key])
+
+
+def test_an_optimizer_that_made_no_step_has_no_state(tmp_path, parts):
+    model = parts[0]
+    fresh = build_optimizer(model, 1e-3, 0.01, (0.9, 0.999), 1e-8)
+    checkpoint.save_optimizer(model, fresh, tmp_path / "o.safetensors")
+    checkpoint.restore_optimizer(model, fresh, tmp_path / "o.safetensors")
+    assert not any(fresh.state.values())
+
+
+WRONG = [
+    ("exp_avg/transformer.wte.weight", torch.zeros(3, 3), "exp_avg of transformer.wte.weight is 3x3, expected 400x32"),
+    ("step/transformer.wte.weight", torch.zeros(2), "step of transformer.wte.weight is 2, expected "),
+    ("exp_avg_sq/transformer.wte.weight", None, "exp_avg_sq of transformer.wte.weight is missing, expected 400x32"),
+]
+
+
+@pytest.mark.parametrize(("name", "tensor", "says"), WRONG)
+def test_optimizer_of_another_shape_is_refused(tmp_path, parts, name, tensor, says):
+    path = save(tmp_path, parts, 1) / "optimizer.safetensors"
+    tensors = load_file(path) | {name: tensor}
+    save_file({key: value for key, value in tensors.items() if value is not None}, path)
+    with pytest.raises(UserError) as raised:
+        checkpoint.restore_optimizer(parts[0], parts[2], path)
+    assert str(raised.value) == f"{path}: {says}"
+
+
+def test_random_state_comes_back(tmp_path):
+    checkpoint.save_random_state(tmp_path / "r.safetensors")
+    first = torch.rand(5)
+    checkpoint.restore_random_state(tmp_path / "r.safetensors")
+    assert torch.equal(first, torch.rand(5))
+
+
+@pytest.mark.parametrize(
+    ("states", "says"), [({"cpu": torch.zeros(10, dtype=torch.uint8)}, "10 bytes"), ({}, "0 bytes")]
+)
+def test_random_state_of_another_size_is_refused(tmp_path, states, says):
+    save_file(states, tmp_path / "r.safetensors")
+    before = torch.get_rng_state()
+    with pytest.raises(UserError) as raised:
+        checkpoint.restore_random_state(tmp_path / "r.safetensors")
+    assert str(raised.value) == f"{tmp_path / 'r.safetensors'}: {says}, expected {len(before)}"
+
+
+def test_a_broken_tensor_file_is_named(tmp_path):
+    (tmp_path / "r.safetensors").write_bytes(b"12345678{")
+    with pytest.raises(UserError, match=r"r\.safetensors is damaged: "):
+        checkpoint.read_tensors(tmp_path / "r.safetensors")
+
+
+@pytest.mark.parametrize("place", ["weight", "exp_avg", "exp_avg_sq"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_never_saved(tmp_path, parts, place, value):
+    model, _, optimizer = parts
+    parameter = model.transformer.h[1].mlp.c_fc.bias
+    tensor = parameter.data if place == "weight" else optimizer.state[parameter][place]
+    tensor[3] = value
+    with pytest.raises(UserError) as raised:
+        save(tmp_path, parts, 5)
+    assert str(raised.value) == "transformer.h.1.mlp.c_fc.bias has a value that is not a finite number"
+    assert raised.value.code == 4
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("value", "dtype"), [(float("nan"), torch.float32), (3.4e38, torch.bfloat16)])
+def test_a_best_model_that_is_not_finite_is_never_published(tmp_path, parts, value, dtype):
+    """The second is finite in float32 and is not once it is rounded to bf16."""
+    parts[0].transformer.wpe.weight.data[5, 5] = value
+    with pytest.raises(UserError, match=r"wpe\.weight has a value that is not a finite number"):
+        checkpoint.save_best(tmp_path, parts[0], parts[1], dtype)
+    assert not list(tmp_path.iterdir())
+
+
+def test_settings_are_compared_by_name(tmp_path):
+    config = tmp_path / "run_config.json"
+    write_json(config, {"settings": {"seed": 1, "lr_schedule": "linear", "data_sha256": "a" * 64}})
+    same = {"seed": 1, "lr_schedule": "linear"}
+    checkpoint.compare_settings(config, same)
+    advice = "; use the same, another --output-dir, or --overwrite"
+    for changed, says in [
+        ({"seed": 2}, "resume: --seed 2 but the run has 1"),
+        ({"lr_schedule": "cosine"}, "resume: --lr-schedule cosine but the run has linear"),
+        ({"max_steps": 5}, "resume: --max-steps 5 but the run has None"),
+        ({"data_sha256": "b" * 64}, "resume: data differs from the run's (sha256 bbbbbbbb not aaaaaaaa)"),
+        ({"base_sha256": "b" * 64}, "resume: base model differs from the run's (sha256 bbbbbbbb not None)"),
+    ]:
+        with pytest.raises(UserError) as raised:
+            checkpoint.compare_settings(config, same | changed)
+        assert str(raised.value) == says + advice
+    write_json(config, {"settings": [1]})
+    with pytest.raises(UserError, match="--seed 1 but the run has None"):
+        checkpoint.compare_settings(config, same)
+
+
+def test_another_machine_is_noted_once(capsys):
+    state, plan = TrainState(), SimpleNamespace(device=torch.device("cpu"), micro_batch_size=4, layers="fast")
+    checkpoint.note_machine(state, plan)
+    assert capsys.readouterr().err == ""
+    assert state.machine == checkpoint.describe_machine(plan)
+    assert state.machine.keys() == {"threads", "torch", "device", "processor", "micro_batch_size", "layers"}
+    state.machine |= {"threads": 77, "torch": "0.1"}
+    checkpoint.note_machine(state, plan)
+    says = f"threads {torch.get_num_threads()}, was 77; torch {torch.__version__}, was 0.1"
+    assert capsys.readouterr().err == f"warning: not bit-identical from here: {says}\n"
+    assert state.machine["torch"] == torch.__version__
+
+
+def test_a_copied_checkpoint_is_as_good(tmp_path, parts):
+    (tmp_path / "one").mkdir()
+    folder = save(tmp_path / "one", parts, 1)
+    shutil.copytree(folder, tmp_path / "two" / "checkpoint-1")
+    assert checkpoint.find_checkpoint(tmp_path / "two").name == "checkpoint-1"
