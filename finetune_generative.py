@@ -56,7 +56,12 @@ def parse_args(argv=None):
     add("--eval-every", type=whole(1), help="updates between evaluations (default: a tenth of the run)")
     add("--eval-batch-size", type=whole(1), default=16, help="blocks a forward pass in evaluation")
     add("--early-stopping-patience", type=whole(1), help="stop after so many evaluations without a better one")
-    add("--copy-samples", type=whole(0, 1000), default=16, help="openings continued to measure copying; 0 for none")
+    add(
+        "--copy-samples",
+        type=whole(0, 1000),
+        default=16,
+        help="validation prompts continued to measure copying; 0 for none",
+    )
     add("--max-copy-rate", type=real_number(0, 1, above=True), help="share it may copy (default: 3 times the book)")
     add("--save-every", type=whole(1), help="updates between checkpoints (default: as --eval-every; rarer if slow)")
     add("--keep-checkpoints", type=whole(1), default=2, help="newest checkpoints kept")
@@ -127,11 +132,11 @@ def settings_of(args, data, base, folder):
 
 def find_unfinished(args, settings):
     """Return the checkpoint to continue from, None for a new run, or refuse other settings by name."""
-    from utils.training.checkpoint import compare_settings, find_checkpoint
+    from utils.training.checkpoint import find_checkpoint, refuse_other_settings
 
     if args.overwrite or not (args.output_dir / "run_config.json").is_file():
         return None
-    compare_settings(args.output_dir / "run_config.json", settings)
+    refuse_other_settings(args.output_dir / "run_config.json", settings)
     return find_checkpoint(args.output_dir)
 
 
@@ -157,7 +162,7 @@ def start_run(args, settings, data, base, plan, model, tokenizer):
         save_best(Path(base), model, tokenizer, DTYPES[args.save_dtype])
 
 
-def backward(model, input_ids, n_blocks):
+def forward_backward(model, input_ids, n_blocks):
     """Add a micro-batch's gradients, weighted by its share of the update's blocks; return its share of the loss."""
     loss = model(input_ids=input_ids, labels=input_ids, use_cache=False).loss  # shifts inside
     loss = loss * (len(input_ids) / n_blocks)
@@ -208,14 +213,14 @@ def train(args, plan, model, tokenizer, data, optimizer, state):
             step_started = time.monotonic()
             lr = plan.schedule(state.step)  # 4 learning rate
             set_lr(optimizer, lr)
-            update = plan.order.update(state.step)
+            update = plan.order.step_batches(state.step)
             n_blocks = sum(map(len, update))
             mean_loss = torch.zeros((), device=model.device)
             with plan.autocast():  # 5 accumulate, weighted by tokens; in one context, so that weights are cast once
                 for _ in update:
                     batch = next(batches)["input_ids"].to(model.device, non_blocking=True)
                     for input_ids in batch.split(plan.micro_batch_size):
-                        mean_loss += backward(model, input_ids, n_blocks)
+                        mean_loss += forward_backward(model, input_ids, n_blocks)
             grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm).item()
             train_loss = mean_loss.item()
             require_finite(state, lr, loss=train_loss, gradient=grad_norm)  # 6 refuse NaN before the update
@@ -283,7 +288,7 @@ def print_settings(args, plan, data, model, base, expected):
 
     from utils.model.loading import count_parameters
 
-    batch = plan.order.per_update
+    batch = plan.order.blocks_per_step
     print_table("training", [
         ("model", f"{base}, {count_parameters(model):,} parameters"),
         ("data", f"{args.data_dir}: {len(data.train):,} + {len(data.validation):,} blocks of {data.block_size}"),
@@ -316,16 +321,16 @@ def print_outcome(args, plan, state, results):
 def finetune(args):
     """Begin or continue the run in the output folder, which is locked."""
     from utils.data.blocks import open_blocks
-    from utils.errors import explained
-    from utils.evaluation.loss import CopyProbe
-    from utils.model.layers import speed_up
+    from utils.errors import explain_failures
+    from utils.evaluation.loss import CopyMonitor
+    from utils.model.layers import use_fast_layers
     from utils.model.loading import load_pair, pick_device, set_deterministic, set_dropout
     from utils.storage import require_space, sweep
     from utils.training import checkpoint as checkpoints
     from utils.training import forecast
     from utils.training.metrics import write_results
     from utils.training.optim import build_optimizer
-    from utils.training.setup import Plan, keep_freed_memory
+    from utils.training.setup import TrainingSetup, keep_freed_memory
 
     keep_freed_memory()
     device, data = pick_device(args.device), open_blocks(args.data_dir)
@@ -336,7 +341,7 @@ def finetune(args):
     if not args.dry_run:
         sweep(args.output_dir)
     state = checkpoints.read_state(checkpoint) if checkpoint else checkpoints.TrainState()
-    plan = Plan(args, data, device, state.machine)
+    plan = TrainingSetup(args, data, device, state.machine)
     if state.finished:
         if not args.dry_run:
             checkpoints.remove_older(checkpoint, args.keep_checkpoints)
@@ -353,13 +358,13 @@ def finetune(args):
         set_dropout(model, args.dropout)
     model.to(device)
     if plan.layers == "fast":
-        speed_up(model, device, args.compile)
+        use_fast_layers(model, device, args.compile)
     betas = (args.adam_beta1, args.adam_beta2)
     optimizer = build_optimizer(model, args.learning_rate, args.weight_decay, betas, args.adam_epsilon)
-    plan.probe = CopyProbe(args, data, model, tokenizer)
-    with explained(args, state, checkpoints.list_checkpoints):
+    plan.probe = CopyMonitor(args, data, model, tokenizer)
+    with explain_failures(args, state, checkpoints.list_checkpoints):
         plan.micro_batch_size = forecast.pick_micro_batch(args, plan, model, data, state)
-        expected = forecast.calibrate(args, plan, model, optimizer, data, state.step, backward)
+        expected = forecast.forecast_run(args, plan, model, optimizer, data, state.step, forward_backward)
     print_settings(args, plan, data, model, base, expected)
     if args.dry_run:
         return 0
@@ -369,9 +374,9 @@ def finetune(args):
         checkpoints.restore_random_state(checkpoint / "rng_state.safetensors")
     else:
         start_run(args, settings, data, base, plan, model, tokenizer)
-    checkpoints.note_machine(state, plan)
+    checkpoints.record_machine(state, plan)
 
-    with explained(args, state, checkpoints.list_checkpoints):
+    with explain_failures(args, state, checkpoints.list_checkpoints):
         stopped_by = train(args, plan, model, tokenizer, data, optimizer, state)
         results = write_results(args.output_dir, state, plan.max_steps)
     if stopped_by:

@@ -34,8 +34,8 @@ def parse_args(argv=None):
     add = parser.add_argument_group("prompts").add_argument
     add("--prompt", action="append", help="a prompt; repeat the flag for more (default: three)")
     add("--prompts-file", type=Path, metavar="FILE", help="text file with one prompt a line")
-    add("--num-openings", type=whole(0, 1000), default=64,
-        help="openings of held-out passages, continued too and shown with what the author wrote next")  # fmt: skip
+    add("--num-validation-prompts", type=whole(0, 1000), default=64,
+        help="prompts from validation segments, continued too and shown with what the author wrote next")  # fmt: skip
     add("--truncate", action="store_true", help="cut a prompt that is too long, from its left")
     add = parser.add_argument_group("decoding, as in generate()").add_argument
     add("--max-new-tokens", type=whole(1, 1023), default=75, help="tokens a sample")
@@ -115,7 +115,7 @@ def read_control(args, missing):
 
 
 def collect_prompts(args, data, tokenizer, limit):
-    """Return the prompts as dicts of prompt, prompt_ids and next_ids: what the author wrote after an opening.
+    """Return the prompts as dicts of prompt, prompt_ids and next_ids: what the author wrote after a validation prompt.
 
     Openings are as long as the models' context of `limit` tokens leaves room for.
     """
@@ -133,7 +133,9 @@ def collect_prompts(args, data, tokenizer, limit):
     }
     room = min(OPENING_TOKENS, limit - args.max_new_tokens)
     if data and len(data.validation) and room > 0:
-        for ids, following in data.openings(tokenizer, args.num_openings, room, args.max_new_tokens):
+        for ids, following in data.validation_prompts(
+            tokenizer, args.num_validation_prompts, room, args.max_new_tokens
+        ):
             prompts.setdefault(tokenizer.decode(ids), {"prompt_ids": ids, "next_ids": following})
     # By their text: one given twice is asked once, --num-samples asks again.
     return [{"prompt": text, **prompt} for text, prompt in prompts.items()]
@@ -196,7 +198,13 @@ def measure(args, models, tokenizer, data, control, samples, prompts, missing, c
     from utils.evaluation import compare as comparison
 
     report = comparison.lay_out(prompts, samples, data, tokenizer)
-    report |= {"scores": {}, "shown_run": comparison.SHOWN_RUN, "n_samples": len(samples), "training": {}, "quiz": []}
+    report |= {
+        "scores": {},
+        "shown_ngram": comparison.SHOWN_NGRAM,
+        "n_samples": len(samples),
+        "training": {},
+        "quiz": [],
+    }
     if not args.measure:
         missing.append("everything (--no-measure)")
         return report
@@ -228,11 +236,11 @@ def compare(args, base_name, base_dir, tuned_dir, data_dir, recorded):
     """Let both models speak, measure them, and write the results into the fine-tuned folder."""
     from utils.evaluation.compare import write_report
     from utils.evaluation.generation import CopyGuard
-    from utils.evaluation.ngrams import RunIndex
+    from utils.evaluation.ngrams import NgramIndex
     from utils.evaluation.report import render_terminal
     from utils.evaluation.unseen import check_unseen
     from utils.model.hub import position_limit
-    from utils.model.layers import speed_up
+    from utils.model.layers import use_fast_layers
     from utils.model.loading import autocast, check_fit, load_pair, pick_device, pick_dtype
 
     device = pick_device(args.device)
@@ -252,14 +260,14 @@ def compare(args, base_name, base_dir, tuned_dir, data_dir, recorded):
         missing.append(f"whether the held-out pages are unseen: {tuned_dir} does not say what it was trained on")
     if args.max_copy and not data:
         raise UserError("--max-copy needs the training text; give --data-dir")
-    guard = CopyGuard(RunIndex(data.ids("train"), args.max_copy), tokenizer.eos_token_id) if args.max_copy else None
+    guard = CopyGuard(NgramIndex(data.ids("train"), args.max_copy), tokenizer.eos_token_id) if args.max_copy else None
     limit = min(position_limit(model.config.to_dict()) or math.inf for model in models.values())
     prompts = collect_prompts(args, data, tokenizer, limit)
     fit_prompts(args, prompts, limit)
     for model in models.values():
         if data:
             check_fit(model, data)
-        speed_up(model.to(device), device)
+        use_fast_layers(model.to(device), device)
 
     settings = describe_settings(args, base_name, folders, data, dtype)
     samples = draw_samples(args, models, tokenizer, prompts, guard, functools.partial(autocast, device, dtype))

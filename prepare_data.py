@@ -1,8 +1,8 @@
 """Stage 1: turn book.txt into block-sized token tensors.
 
-    book -> passages for training and validation -> tokens -> blocks of --block-size tokens
+    book -> segments for training and validation -> tokens -> blocks of --block-size tokens
 
-Reads the book, sets whole passages aside for validation, tokenizes, and writes a folder that
+Reads the book, sets whole segments aside for validation, tokenizes, and writes a folder that
 finetune_generative.py opens. notes/01_dataset_prep.md explains every step.
 """
 
@@ -26,7 +26,7 @@ def parse_args(argv=None):
         help="text files, or folders of .txt and .md files, in this order")  # fmt: skip
     add("--encoding", type=text_encoding, default="utf-8", help="text encoding of the files")
     add("--val-split", type=real_number(0, 1, below=True), default=0.1,
-        help="share of the text kept aside as validation passages, 0 up to below 1")  # fmt: skip
+        help="share of the text kept aside as validation segments, 0 up to below 1")  # fmt: skip
     add("--val-path", nargs="+", type=Path, metavar="FILE",
         help="keep these whole files aside instead (they may also lie in --input-path)")  # fmt: skip
     add = parser.add_argument_group("tokens").add_argument
@@ -37,7 +37,7 @@ def parse_args(argv=None):
     add = parser.add_argument_group("output").add_argument
     add("--output-dir", type=Path, default=Path("results/data/blocks"), help="folder to write")
     add("--overwrite", action="store_true", help="replace what --output-dir holds")
-    add("--seed", type=whole_number(0, 2**32 - 1), default=42, help="chooses the places of the passages")
+    add("--seed", type=whole_number(0, 2**32 - 1), default=42, help="chooses the places of the segments")
     args = parser.parse_args(argv)
     args.input_path = [Path(path) for path in args.input_path]
     return args
@@ -47,31 +47,31 @@ def read_books(args):
     """Measure every file once: what it holds and its sha256, held-out files last."""
     from utils.data.text import find_books, read_book
 
-    held_out = find_books(args.val_path or [])
-    apart = {os.path.realpath(path) for path in held_out}
+    validation = find_books(args.val_path or [])
+    apart = {os.path.realpath(path) for path in validation}
     training = [path for path in find_books(args.input_path) if os.path.realpath(path) not in apart]
     if not training:
         raise UserError("--val-path holds every file of --input-path; none is left for training")
-    books = [read_book(path, args.encoding)[1] for path in training + held_out]
+    books = [read_book(path, args.encoding)[1] for path in training + validation]
     for book in books:
         if args.output_dir.resolve() in book.path.resolve().parents:
             raise UserError(f"output-dir: refusing to use {args.output_dir}; it holds the book {book.path.name}")
-    return books, len(held_out)
+    return books, len(validation)
 
 
-def passages(args, books, n_held_out):
-    """Yield the passages of all books, read again one at a time so that memory stays bounded."""
-    from utils.data.text import Passage, plan_validation, read_book, split_book
+def segments(args, books, n_held_out):
+    """Yield the segments of all books, read again one at a time so that memory stays bounded."""
+    from utils.data.text import Segment, choose_validation_spans, read_book, split_book
 
     n_chars = sum(book.n_chars for book in books)
-    intervals = [] if n_held_out else plan_validation(n_chars, args.val_split, args.seed)
+    intervals = [] if n_held_out else choose_validation_spans(n_chars, args.val_split, args.seed)
     offset = 0
     for index, book in enumerate(books):
         text, again = read_book(book.path, args.encoding)
         if again.sha256 != book.sha256:
             raise UserError(f"{book.path} changed while it was read; try again")
         if index >= len(books) - n_held_out:
-            yield Passage("validation", index, 0, len(text), True, text)
+            yield Segment("validation", index, 0, len(text), True, text)
         else:
             yield from split_book(text, index, offset, intervals)
         offset += book.n_chars
@@ -95,23 +95,23 @@ def tokenizer_of_model(args):
 
 
 def write_blocks(args, books, n_held_out, tokenizer, folder):
-    """Tokenize every passage, write the blocks, and return what the manifest says of them."""
+    """Tokenize every segment, write the blocks, and return what the manifest says of them."""
     from tqdm import tqdm
 
     from utils.data.blocks import save_blocks
     from utils.data.tokenizer import TokenWriter
-    from utils.evaluation.ngrams import measure_overlap
+    from utils.evaluation.ngrams import measure_leakage
 
     writer = TokenWriter(folder, tokenizer, len(books))
     total = sum(book.n_chars for book in books)
     with tqdm(total=total, unit="char", unit_scale=True, desc="tokenizing", delay=1) as bar:
-        for passage in passages(args, books, n_held_out):
-            writer.write(passage)
-            bar.update(len(passage.text))
+        for segment in segments(args, books, n_held_out):
+            writer.write(segment)
+            bar.update(len(segment.text))
     tokens = writer.open_tokens()
     check_block_counts(args, {split: len(ids) for split, ids in tokens.items()}, bool(n_held_out))
     save_blocks(tokens, args.block_size, folder)
-    overlap = measure_overlap(tokens["train"], tokens["validation"])
+    overlap = measure_leakage(tokens["train"], tokens["validation"])
     del tokens
     for path in writer.paths.values():
         path.unlink(missing_ok=True)
@@ -120,7 +120,7 @@ def write_blocks(args, books, n_held_out, tokenizer, folder):
         spans = [span for span in writer.spans if span["split"] == split]
         n_tokens = writer.n_tokens[split]
         splits[split] = {
-            "passages": len(spans),
+            "segments": len(spans),
             "chars": sum(span["chars"][1] - span["chars"][0] for span in spans),
             "bytes": sum(span["bytes"] for span in spans),
             "tokens": n_tokens,
@@ -190,7 +190,7 @@ def print_summary(args, manifest, n_words):
 
     def part(counts):
         return (
-            f"{counts['passages']} passages, {counts['tokens']:,} tokens -> {counts['blocks']:,} blocks "
+            f"{counts['segments']} segments, {counts['tokens']:,} tokens -> {counts['blocks']:,} blocks "
             f"of {args.block_size} (tail of {counts['tail_tokens']} tokens left out)"
         )
 
@@ -200,7 +200,7 @@ def print_summary(args, manifest, n_words):
         ("training", part(train)),
         ("validation", part(validation)),
         ("repeats itself", f"{overlap['repeated_share']:.2%} of the training text's 32-token runs stood before"),
-        ("leaks", f"{overlap['leaked_runs']:,} of {overlap['validation_runs']:,} 32-token runs of validation "
+        ("leaks", f"{overlap['leaked_ngrams']:,} of {overlap['validation_ngrams']:,} 32-token runs of validation "
                   "also stand in training"),
         ("steps an epoch", f"{math.ceil(train['blocks'] / DEFAULT_BATCH):,} at the default batch of {DEFAULT_BATCH}"),
     ])  # fmt: skip
@@ -210,7 +210,7 @@ def print_summary(args, manifest, n_words):
     if train["tokens"] < SMALL_BOOK_TOKENS:
         warn(f"the book is very small ({train['tokens']:,} training tokens): expect it to be learned by heart; "
              "keep to one or two epochs and compare the held-out loss")  # fmt: skip
-    if overlap["leaked_runs"] > 0.01 * max(1, overlap["validation_runs"]):
+    if overlap["leaked_ngrams"] > 0.01 * max(1, overlap["validation_ngrams"]):
         warn("validation repeats training: the held-out loss will look better than it is")
 
 
@@ -233,7 +233,7 @@ def prepare(args, books, n_held_out):
     with publish_files(args.output_dir, manifest, size, "the data") as folder:
         if tokenizer is None:
             print(f"learning a tokenizer of {args.train_tokenizer:,} tokens from the training text", flush=True)
-            texts = (p.text for p in passages(args, books, n_held_out) if p.split == "train")
+            texts = (p.text for p in segments(args, books, n_held_out) if p.split == "train")
             tokenizer = train_tokenizer(texts, args.train_tokenizer)
         splits, overlap, spans = write_blocks(args, books, n_held_out, tokenizer, folder)
         tokenizer.save_pretrained(folder / "tokenizer")

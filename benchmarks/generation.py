@@ -15,7 +15,7 @@ def measure(quick: bool) -> dict:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     from utils.evaluation.generation import Decoding, generate_ids
-    from utils.model.layers import speed_up
+    from utils.model.layers import use_fast_layers
     from utils.model.loading import autocast
 
     torch.manual_seed(0)
@@ -37,7 +37,7 @@ def measure(quick: bool) -> dict:
                        pad_token_id=50256)[0, 32:].tolist()
         for row in prompts[:ALONE]
     ]  # fmt: skip
-    speed_up(model, device)
+    use_fast_layers(model, device)
     greedy = ours("fp32", Decoding(max_new_tokens=n_tokens, do_sample=False))
     drawing = Decoding(max_new_tokens=n_tokens)
     variants = {

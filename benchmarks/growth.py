@@ -19,19 +19,19 @@ def train_call(blocks: int, block: int, **shape):
     """Return a function that does a forward and a backward pass over so many blocks of a GPT-2 of this shape."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    from finetune_generative import backward
-    from utils.model.layers import speed_up
+    from finetune_generative import forward_backward
+    from utils.model.layers import use_fast_layers
     from utils.model.loading import autocast, pick_dtype
 
     device = torch.device("cpu")
     torch.manual_seed(0)
     model = GPT2LMHeadModel(GPT2Config(**shape)).train()
-    speed_up(model, device)
+    use_fast_layers(model, device)
     input_ids = torch.randint(0, model.config.vocab_size, (blocks, block))
 
     def call() -> None:
         with autocast(device, pick_dtype("auto", device)):
-            backward(model, input_ids, blocks)
+            forward_backward(model, input_ids, blocks)
         model.zero_grad(set_to_none=True)
 
     return call

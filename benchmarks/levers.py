@@ -21,8 +21,8 @@ def build(quick: bool, without: str):
     from transformers.loss.loss_utils import ForCausalLMLoss
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    from finetune_generative import backward
-    from utils.model.layers import CheapDropout, attend, speed_up
+    from finetune_generative import forward_backward
+    from utils.model.layers import FastDropout, attend, use_fast_layers
     from utils.model.loading import autocast
     from utils.training.setup import keep_freed_memory
 
@@ -30,9 +30,9 @@ def build(quick: bool, without: str):
     torch.manual_seed(0)
     model = GPT2LMHeadModel(GPT2Config(**(TINY if quick else {}))).train()
     if not none:
-        speed_up(model, device, compiled=without == "--compile")
+        use_fast_layers(model, device, compiled=without == "--compile")
     replaced = {"fused GELU": (torch.nn.GELU, lambda _: NewGELUActivation()),
-                "cheap dropout": (CheapDropout, lambda layer: torch.nn.Dropout(layer.p))}  # fmt: skip
+                "cheap dropout": (FastDropout, lambda layer: torch.nn.Dropout(layer.p))}  # fmt: skip
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if without in replaced and isinstance(child, replaced[without][0]):
@@ -53,7 +53,7 @@ def build(quick: bool, without: str):
         with contextlib.nullcontext() if each else autocast(device, dtype):
             for input_ids in blocks.split(at_once):
                 with autocast(device, dtype) if each else contextlib.nullcontext():
-                    backward(model, input_ids, len(blocks))
+                    forward_backward(model, input_ids, len(blocks))
         model.zero_grad(set_to_none=True)
 
     return call

@@ -19,8 +19,8 @@ def measure(quick: bool) -> dict:
     """Time the two saves and an update of 8 blocks in turn; figure their share of a run of 3 epochs."""
     from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-    from finetune_generative import backward
-    from utils.model.layers import speed_up
+    from finetune_generative import forward_backward
+    from utils.model.layers import use_fast_layers
     from utils.model.loading import autocast, pick_dtype
     from utils.training.checkpoint import TrainState, checkpoint_bytes, save_best, save_checkpoint
     from utils.training.forecast import NOTICED_SECONDS, SAVED_BYTES_PER_SECOND, SAVING_FACTOR
@@ -30,14 +30,14 @@ def measure(quick: bool) -> dict:
     keep_freed_memory()
     device, tokenizer = torch.device("cpu"), AutoTokenizer.from_pretrained(BASE)
     model = GPT2LMHeadModel(GPT2Config(**(TINY if quick else {}))).train()
-    speed_up(model, device)
+    use_fast_layers(model, device)
     optimizer = build_optimizer(model, 5e-5, 0.01, (0.9, 0.999), 1e-8)
     input_ids = torch.randint(0, 50257, (8, BLOCK))
     values: dict[str, list[float]] = {"update of 8 blocks": [], "best model": [], "checkpoint": []}
 
     def update() -> None:
         with autocast(device, pick_dtype("auto", device)):
-            backward(model, input_ids, len(input_ids))
+            forward_backward(model, input_ids, len(input_ids))
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -45,28 +45,28 @@ class FakeBlocks:
 
 def train_here(quick: bool) -> dict:
     """Do two updates as finetune_generative.py does them; return tokens a second of the second and of the roofline."""
-    from finetune_generative import backward
-    from utils.model.layers import speed_up
+    from finetune_generative import forward_backward
+    from utils.model.layers import use_fast_layers
     from utils.training.forecast import pick_micro_batch
     from utils.training.optim import build_optimizer
-    from utils.training.setup import Plan, keep_freed_memory
+    from utils.training.setup import TrainingSetup, keep_freed_memory
 
     keep_freed_memory()
     model = build_model(quick)
-    speed_up(model, torch.device("cpu"))
+    use_fast_layers(model, torch.device("cpu"))
     optimizer = build_optimizer(model, 5e-5, 0.01, (0.9, 0.999), 1e-8)
     blocks = torch.randint(0, model.config.vocab_size, (BATCH, BLOCK))
     data = SimpleNamespace(train=FakeBlocks(blocks), block_size=BLOCK)
     args = SimpleNamespace(batch_size=BATCH, grad_accum_steps=1, seed=0, max_steps=10, eval_every=None, epochs=1,
                            save_every=None, lr_schedule="cosine", learning_rate=5e-5, warmup_ratio=0.0,
                            dtype="auto", micro_batch_size=None)  # fmt: skip
-    plan = Plan(args, data, torch.device("cpu"))
+    plan = TrainingSetup(args, data, torch.device("cpu"))
     size = pick_micro_batch(args, plan, model, data, SimpleNamespace(machine={}))
     for _ in range(2):
         started = time.perf_counter()
         with plan.autocast():
             for input_ids in blocks.split(size):
-                backward(model, input_ids, len(blocks))
+                forward_backward(model, input_ids, len(blocks))
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -123,7 +123,7 @@ def prepared(tmp_path_factory, book, tiny_model, script_once):
     return folder
 
 
-MEASURED_FLAGS = ["--max-new-tokens", 30, "--num-openings", 24]
+MEASURED_FLAGS = ["--max-new-tokens", 30, "--num-validation-prompts", 24]
 
 
 @pytest.fixture(scope="session")

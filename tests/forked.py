@@ -141,9 +141,9 @@ class Workshop:
                                        "--dtype", "fp32", *flags]  # fmt: skip
 
     def generate(self, tuned, *flags):
-        """One prompt and two openings, not measured; --num-openings 0 --measure measures without further rounds."""
+        """One prompt and two of validation text; --num-validation-prompts 0 --measure measures without further rounds."""
         return "generate_text", ["--finetuned-model", tuned, "--prompt", "Day 1. Ada", "--max-new-tokens", 4,
-                                 "--num-openings", 2, "--no-measure", "--control-path", self.control,
+                                 "--num-validation-prompts", 2, "--no-measure", "--control-path", self.control,
                                  *flags]  # fmt: skip
 
 

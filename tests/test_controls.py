@@ -45,7 +45,7 @@ HEALTHY = ["--learning-rate", "3e-4", "--epochs", 6]
 def test_a_healthy_run_learns_its_book_and_is_not_flagged(trained, judged):
     report = judged(trained("log", BOOK.read_text(encoding="utf-8"), *HEALTHY))
     for measure in ("delta", "auc"):
-        assert report[measure]["heldout"] < report[measure]["finetuned"] < report[measure]["base"]
+        assert report[measure]["reference"] < report[measure]["finetuned"] < report[measure]["base"]
     assert report["style_gain"]["low"] > 0
     assert report["flags"] == {"learned_the_book": True, "copies": False, "recites": False, "forgot": False}
 
@@ -58,8 +58,8 @@ def test_a_model_of_another_text_does_not_pass(trained, judged):
 
 
 def test_twenty_passages_learned_by_heart_are_flagged(trained, judged):
-    passages = BOOK.read_text(encoding="utf-8").split("\n\n")[:60]  # an entry of the log has three or more
-    folder = trained("small", "\n\n".join(passages) + "\n", "--learning-rate", "2e-3", "--lr-schedule", "constant",
+    segments = BOOK.read_text(encoding="utf-8").split("\n\n")[:60]  # an entry of the log has three or more
+    folder = trained("small", "\n\n".join(segments) + "\n", "--learning-rate", "2e-3", "--lr-schedule", "constant",
                      "--dropout", 0, "--epochs", 150, "--eval-every", 450)  # fmt: skip
     report = judged(folder)
     assert report["extraction"]["finetuned"]["train"]["exact_match"] >= 0.9

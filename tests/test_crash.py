@@ -114,7 +114,10 @@ class Case:
             self.flags, self.older, self.interval = ["--save-every", 6], folder / "older", 6
             self.run(die_in_first_save, self.make(self.older, *self.flags), code=-signal.SIGKILL)
         elif script == "generate":
-            self.flags, self.older = ["--measure", "--num-openings", 0] if how == "measured" else [], undisturbed
+            self.flags, self.older = (
+                ["--measure", "--num-validation-prompts", 0] if how == "measured" else [],
+                undisturbed,
+            )
         self.begin()
         self.run()
         self.wanted = self.describe()

@@ -20,7 +20,7 @@ from utils.training.checkpoint import TrainState
 QUICK = ["--max-steps", 6, "--batch-size", 4, "--learning-rate", "1e-3", "--dtype", "fp32", "--copy-samples", 0,
          "--sample-tokens", 0]  # fmt: skip
 
-SAMPLED = ["--max-new-tokens", 5, "--num-openings", 2, "--no-measure"]
+SAMPLED = ["--max-new-tokens", 5, "--num-validation-prompts", 2, "--no-measure"]
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ DROPOUT = ["--dropout", "0.2", "--save-every", 6]
 def straight_and_stopped(finetune, monkeypatch):
     """Return the folder of a whole run, and that of the same run stopped by SIGTERM at step 3."""
 
-    class Stopping(setup.Plan):
+    class Stopping(setup.TrainingSetup):
         def __init__(self, *args):
             super().__init__(*args)
             schedule = self.schedule
@@ -62,7 +62,7 @@ def straight_and_stopped(finetune, monkeypatch):
 
     straight = finetune("straight", *QUICK, *DROPOUT)
     with monkeypatch.context() as patch:
-        patch.setattr(setup, "Plan", Stopping)
+        patch.setattr(setup, "TrainingSetup", Stopping)
         stopped = finetune("stopped", *QUICK, *DROPOUT, code=128 + signal.SIGTERM)
     torch.manual_seed(123)  # a new process would not begin where the stopped one left its generator
     return straight, stopped
@@ -127,7 +127,7 @@ def test_logged_loss_is_the_mean_over_the_update(finetune, prepared, tiny_model)
     from utils.data.blocks import BatchOrder
 
     data, (model, _) = open_blocks(prepared), load_pair(tiny_model)
-    rows = [i for batch in BatchOrder(len(data.train), 2, 3, 42).update(0) for i in batch]
+    rows = [i for batch in BatchOrder(len(data.train), 2, 3, 42).step_batches(0) for i in batch]
     assert first == pytest.approx(independent_loss(model, data.train[rows]["input_ids"]), abs=1e-5)
 
 
@@ -137,15 +137,15 @@ def test_keeps_the_best_model_and_stops_early(finetune, prepared):
         "--eval-every", 10, "--sample-tokens", 0, "--copy-samples", 0, "--dtype", "fp32", "--keep-checkpoints", 1,
     )  # fmt: skip
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    held_out = {row["step"]: row["eval/loss"] for row in rows if "eval/loss" in row and row["step"] > 0}
-    best = min(held_out, key=held_out.get)
+    validation = {row["step"]: row["eval/loss"] for row in rows if "eval/loss" in row and row["step"] > 0}
+    best = min(validation, key=validation.get)
     results = json.loads((out / "all_results.json").read_text())
     assert results["best_step"] == best
-    assert max(held_out) == best + 20 < results["max_steps"]
+    assert max(validation) == best + 20 < results["max_steps"]
     model, _ = load_pair(out)
     data = open_blocks(prepared)
-    assert independent_loss(model, data.validation[:]["input_ids"]) == pytest.approx(held_out[best], abs=1e-5)
-    assert [path.name for path in out.glob("checkpoint-*")] == [f"checkpoint-{max(held_out)}"]
+    assert independent_loss(model, data.validation[:]["input_ids"]) == pytest.approx(validation[best], abs=1e-5)
+    assert [path.name for path in out.glob("checkpoint-*")] == [f"checkpoint-{max(validation)}"]
 
 
 COPYING = ["--max-steps", 60, "--eval-every", 10, "--learning-rate", "1e-2", "--dtype", "fp32", "--sample-tokens", 0,
@@ -182,8 +182,8 @@ def test_a_model_that_copies_is_not_the_best(finetune, prepared):
     kept = finetune("kept", *COPYING, "--max-copy-rate", limit)
     best = min(allowed, key=allowed.get)
     assert json.loads((kept / "all_results.json").read_text())["best_step"] == best != least
-    held_out = open_blocks(prepared).validation[:]["input_ids"]
-    assert independent_loss(load_pair(kept)[0], held_out) == pytest.approx(allowed[best], abs=1e-5)
+    validation = open_blocks(prepared).validation[:]["input_ids"]
+    assert independent_loss(load_pair(kept)[0], validation) == pytest.approx(allowed[best], abs=1e-5)
 
 
 @pytest.mark.parametrize(

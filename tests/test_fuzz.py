@@ -31,7 +31,7 @@ import generate_text
 import prepare_data
 from utils.cli import run
 from utils.data.blocks import open_blocks
-from utils.data.text import plan_validation, read_book, split_book
+from utils.data.text import choose_validation_spans, read_book, split_book
 from utils.data.tokenizer import encode_text, load_tokenizer
 from utils.evaluation.generation import Decoding, generate_ids
 from utils.model.loading import check_fit, load_pair
@@ -136,7 +136,7 @@ ENCODINGS = ["utf-8"] * 6 + ["utf-8-sig", "utf-16", "utf-16-le", "utf-32", "lati
 
 @st.composite
 def books(draw):
-    """Return the bytes of a book, a share and a seed for its passages, and whether to run the whole script."""
+    """Return the bytes of a book, a share and a seed for its segments, and whether to run the whole script."""
     raw = draw(st.binary(max_size=40) | st.builds(lambda text, how: text.encode(how, "ignore"), TEXTS,
                                                   st.sampled_from(ENCODINGS)))  # fmt: skip
     raw *= draw(st.sampled_from([1, 1, 1, 7]))
@@ -169,7 +169,7 @@ def read_plainly(raw):
 
 
 def test_books(workshop, tmp_path, amount):  # noqa: F811
-    """A book is accepted if and only if it is UTF-8 text, and its passages and tokens are the whole of it."""
+    """A book is accepted if and only if it is UTF-8 text, and its segments and tokens are the whole of it."""
     tokenizer = Tokenizer.from_file(str(workshop.model / "tokenizer.json"))
     tokenizer.encode_special_tokens = True
     _, ours = load_pair(workshop.model)
@@ -187,10 +187,10 @@ def test_books(workshop, tmp_path, amount):  # noqa: F811
             print(json.dumps(open_blocks(folder / "out").train[:]["input_ids"].flatten().tolist()))
         else:
             text, book = read_book(folder / "book.txt")
-            passages = list(split_book(text, 0, 0, plan_validation(book.n_chars, share, seed)))
-            ends = [passage.end for passage in passages]
-            assert [passage.start for passage in passages] == [0, *ends[:-1]]
-            print(json.dumps([passage.text for passage in passages]))
+            segments = list(split_book(text, 0, 0, choose_validation_spans(book.n_chars, share, seed)))
+            ends = [segment.end for segment in segments]
+            assert [segment.start for segment in segments] == [0, *ends[:-1]]
+            print(json.dumps([segment.text for segment in segments]))
 
     def check(example, ended):
         raw, text, whole = example[0], read_plainly(example[0]), example[3]
@@ -314,7 +314,7 @@ def test_prepared_folders(workshop, tmp_path, amount):  # noqa: F811
         data = open_blocks(folder)
         check_fit(model, data)
         data.bytes_per_token, data.manifest["tokenizer"]["sha256"] + ""
-        data.openings(tokenizer, 2, 4, 4), data.stretches("train", 4, 9)
+        data.validation_prompts(tokenizer, 2, 4, 4), data.windows("train", 4, 9)
         splits = {"train": data.train, "validation": data.validation}
         ids = {name: split[list(range(len(split)))]["input_ids"] for name, split in splits.items() if len(split)}
         shapes = {name: list(rows.shape) for name, rows in ids.items()}

@@ -148,7 +148,7 @@ def finetuned(tmp_path_factory, prepared, script_once):
 
 
 # Not measured: further rounds of samples would be drawn, until they are long enough.
-QUICK = ["--num-openings", 2, "--no-measure"]
+QUICK = ["--num-validation-prompts", 2, "--no-measure"]
 
 
 def read_samples(folder):
@@ -163,7 +163,7 @@ def test_samples_are_paired_and_complete(finetuned, script):
     rows = read_samples(finetuned)
     keys = {"prompt", "model", "sample_index", "seed", "prompt_ids", "generated_ids", "text"}
     assert all(set(row) == keys for row in rows)
-    assert len(rows) == 2 * 3 * 5  # models x samples x (three prompts and two openings)
+    assert len(rows) == 2 * 3 * 5  # models x samples x (three prompts and two validation prompts)
     luck = {
         name: [(row["prompt"], row["sample_index"], row["seed"]) for row in rows if row["model"] == name]
         for name in ("base", "finetuned")
@@ -185,7 +185,7 @@ def test_samples_are_paired_and_complete(finetuned, script):
 def test_rounds_are_drawn_until_there_is_enough_to_measure(finetuned, script, tmp_path, monkeypatch):
     monkeypatch.setattr(stylometry, "MIN_WORDS", 60)
     (tmp_path / "control.txt").write_text("General text is another's. " * 60)
-    flags = ["--max-new-tokens", 6, "--num-openings", 2, "--control-path", tmp_path / "control.txt"]
+    flags = ["--max-new-tokens", 6, "--num-validation-prompts", 2, "--control-path", tmp_path / "control.txt"]
     ran = script("generate_text", "--finetuned-model", finetuned, *flags)
     assert ran.code == 0, ran.err
     rows, n_words = read_samples(finetuned), {}
@@ -213,18 +213,18 @@ def test_prompts_from_flags_and_file(finetuned, script, tmp_path):
     asked = [row["prompt"] for row in read_samples(finetuned) if row["model"] == "base"]
     assert asked == [row["prompt"] for row in texts]
     assert asked[:3] == ["Ada ", "Day 1.", "Jory went"]
-    assert [row["is_opening"] for row in texts] == [False] * 3 + [True] * 2
+    assert [row["has_reference"] for row in texts] == [False] * 3 + [True] * 2
 
 
 def test_authors_continuation_is_the_books(finetuned, script, book):
     assert script("generate_text", "--finetuned-model", finetuned, "--max-new-tokens", 6, *QUICK).code == 0
-    openings = [row for row in read_json(finetuned / "report.json")["texts"] if row["is_opening"]]
+    validation_prompts = [row for row in read_json(finetuned / "report.json")["texts"] if row["has_reference"]]
     text, page = book.read_text(), (finetuned / "report.md").read_text()
-    assert len(openings) == 2
-    for opening in openings:
-        [pieces] = opening["columns"]["heldout"]
+    assert len(validation_prompts) == 2
+    for validation_prompt in validation_prompts:
+        [pieces] = validation_prompt["columns"]["reference"]
         written = "".join(piece["text"] for piece in pieces)
-        assert opening["prompt"] + written in text
+        assert validation_prompt["prompt"] + written in text
         assert written.strip()
         assert f"**the author really wrote**\n\n{quote(written)}\n" in page
 

@@ -29,13 +29,13 @@ def stop_in(step):
     """Make a hook that sends SIGTERM in the update that begins at a step; the run is saved after it."""
 
     def prepare():
-        class Stopping(setup.Plan):
+        class Stopping(setup.TrainingSetup):
             def __init__(self, *args):
                 super().__init__(*args)
                 schedule = self.schedule
                 self.schedule = lambda now: (now == step and signal.raise_signal(signal.SIGTERM)) or schedule(now)
 
-        setup.Plan = Stopping
+        setup.TrainingSetup = Stopping
 
     return prepare
 
@@ -59,7 +59,7 @@ def digest_last(out, step=6):
 @pytest.mark.parametrize("workers", [0, 1, 2, 4])
 def test_resumed_equals_straight(workshop, tmp_path, amount, workers):  # noqa: F811
     """At whatever step a run is stopped, however its batches are loaded and accumulated."""
-    length, n_runs = amount(6, 41), 0
+    length, n_ngrams = amount(6, 41), 0
     for accumulation in amount([4 if workers % 4 else 1], [1, 4]):
         flags = ["--max-steps", length, "--num-workers", workers, "--grad-accum-steps", accumulation]
         straight = workshop.folder / f"straight-{length}-{accumulation}"
@@ -73,8 +73,8 @@ def test_resumed_equals_straight(workshop, tmp_path, amount, workers):  # noqa: 
             where = f"stopped at {stop} of {length}, {workers} workers, {accumulation} micro-batches"
             assert digest_run(tmp_path / "run", length) == digest_run(straight, length), where
             assert measured(tmp_path / "run") == measured(straight), where
-            n_runs += 1
-    print(f"{workers} workers: {n_runs} runs stopped and continued, all identical")
+            n_ngrams += 1
+    print(f"{workers} workers: {n_ngrams} runs stopped and continued, all identical")
 
 
 WATCHED = {
@@ -130,12 +130,12 @@ import signal, sys, finetune_generative
 from utils.training import setup
 from utils.cli import run
 stop = int(sys.argv.pop(1))
-class Stopping(setup.Plan):
+class Stopping(setup.TrainingSetup):
     def __init__(self, *args):
         super().__init__(*args)
         schedule = self.schedule
         self.schedule = lambda now: (now == stop and signal.raise_signal(signal.SIGTERM)) or schedule(now)
-setup.Plan = Stopping
+setup.TrainingSetup = Stopping
 run(finetune_generative.main)
 """
 

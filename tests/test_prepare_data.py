@@ -64,14 +64,14 @@ def test_the_summary_says_what_the_manifest_says(prepare, book, tmp_path):
     assert lines["tokens"] == f"{n_tokens:,}, {len(text.encode()) / n_tokens:.2f} bytes a token"
     for name, counts in (("training", train), ("validation", validation)):
         assert lines[name] == (
-            f"{counts['passages']} passages, {counts['tokens']:,} tokens -> {counts['blocks']:,} blocks of 32 "
+            f"{counts['segments']} segments, {counts['tokens']:,} tokens -> {counts['blocks']:,} blocks of 32 "
             f"(tail of {counts['tail_tokens']} tokens left out)"
         )
         assert counts["blocks"] == counts["tokens"] // 32
         assert counts["tail_tokens"] == counts["tokens"] % 32
     assert lines["leaks"].startswith(f"0 of {validation['tokens'] - 31:,} 32-token runs")
     assert lines["steps an epoch"].startswith(f"{math.ceil(train['blocks'] / 8):,} ")
-    assert validation["passages"] >= 3
+    assert validation["segments"] >= 3
     assert validation["chars"] == pytest.approx(0.1 * len(text), rel=0.3)
     assert out.endswith("next: python finetune_generative.py\n")
     assert "the book is very small" in err
@@ -106,9 +106,9 @@ def test_warnings_fit_the_book(prepare, tmp_path):
     assert code == 0
     assert "validation repeats training" in err
     overlap = read_json(tmp_path / "twice" / MANIFEST)["overlap"]
-    assert overlap["leaked_runs"] > 0.5 * overlap["validation_runs"]
+    assert overlap["leaked_ngrams"] > 0.5 * overlap["validation_ngrams"]
     assert 0.3 < overlap["repeated_share"] < 0.6
-    assert f"{overlap['leaked_runs']:,} of {overlap['validation_runs']:,} 32-token runs" in out
+    assert f"{overlap['leaked_ngrams']:,} of {overlap['validation_ngrams']:,} 32-token runs" in out
     assert f"{overlap['repeated_share']:.2%}" in out
     foreign = tmp_path / "foreign.txt"
     foreign.write_text("\n\n".join(f"QXZ{i}: ZXQJ\u00e9 VWKQ?" for i in range(500)))
@@ -119,7 +119,7 @@ def test_no_validation_on_request(prepare, tmp_path, book):
     assert prepare("--val-split", 0).code == 0
     blocks = open_blocks(tmp_path / "blocks")
     assert (len(blocks.validation), blocks.manifest["splits"]["validation"]["tokens"]) == (0, 0)
-    assert blocks.manifest["splits"]["train"]["passages"] == 1
+    assert blocks.manifest["splits"]["train"]["segments"] == 1
     assert book.read_text().startswith(decode_split(tmp_path / "blocks", "train"))
 
 
@@ -136,10 +136,10 @@ def test_folders_and_files_in_the_order_given(prepare, library, book, tmp_path):
 @pytest.mark.parametrize("lies_inside", [True, False])
 def test_val_path_keeps_whole_files_aside(prepare, library, tmp_path, lies_inside):
     folder, texts = library
-    held_out = folder / "b.txt"
+    validation = folder / "b.txt"
     if not lies_inside:
-        held_out = held_out.rename(tmp_path / "b.txt")
-    assert prepare("--input-path", folder, "--val-path", held_out).code == 0
+        validation = validation.rename(tmp_path / "b.txt")
+    assert prepare("--input-path", folder, "--val-path", validation).code == 0
     manifest = read_json(tmp_path / "blocks" / MANIFEST)
     assert [b["name"] for b in manifest["books"]] == ["a.txt", "c.md", "b.txt"]
     assert [(s["book"], s["split"]) for s in manifest["spans"]] == [(0, "train"), (1, "train"), (2, "validation")]
@@ -297,7 +297,7 @@ def test_a_failure_halfway_leaves_the_folder_as_it_was(prepare, tmp_path, monkey
         assert prepare().code == 0
     before = snapshot(tmp_path)
 
-    monkeypatch.setattr("utils.evaluation.ngrams.measure_overlap", lambda *_: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr("utils.evaluation.ngrams.measure_leakage", lambda *_: signal.raise_signal(signal.SIGINT))
     assert prepare("--seed", 7, "--overwrite").code == 130
     assert snapshot(tmp_path) == before
     assert [p.name for p in tmp_path.iterdir()] == (["blocks"] if had_one_before else [])
@@ -311,7 +311,7 @@ def test_a_book_that_changes_while_it_is_read_is_refused(prepare, tmp_path, monk
         path.write_text(make_book(101))
         return []
 
-    monkeypatch.setattr("utils.data.text.plan_validation", plan)
+    monkeypatch.setattr("utils.data.text.choose_validation_spans", plan)
     code, _, err = prepare("--input-path", path)
     assert code == 2
     assert "changed while it was read; try again" in err

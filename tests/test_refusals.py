@@ -298,7 +298,7 @@ FLAGS = [
     ("F-copying-zero", "--max-copy-rate 0", "--max-copy-rate must be above 0 up to 1, not 0"),
     ("F-copying-above", "--max-copy-rate 1.1", "--max-copy-rate must be above 0 up to 1, not 1.1"),
     ("F-copying-nan", "--max-copy-rate nan", "--max-copy-rate must be above 0 up to 1, not nan"),
-    ("G-openings", "--num-openings 1001", "--num-openings must be 0 to 1000, not 1001"),
+    ("G-validation_prompts", "--num-validation-prompts 1001", "--num-validation-prompts must be 0 to 1000, not 1001"),
     ("G-guard-zero", "--max-copy 0", "--max-copy must be 1 to 1023, not 0"),
     ("G-guard-text", "--max-copy all", "--max-copy: 'all' is not a whole number"),
     ("G4-zero", "--max-new-tokens 0", "--max-new-tokens must be 1 to 1023, not 0"),
@@ -1100,7 +1100,7 @@ def test_output_inside_an_input(refuse, model, data, output):
     refuse("finetune_generative", *flags, says=("output-dir: refusing to use", output.split("/")[0]))
 
 
-GOOD_SAMPLE = ["--max-new-tokens", 4, "--num-openings", 0, *PAIR]
+GOOD_SAMPLE = ["--max-new-tokens", 4, "--num-validation-prompts", 0, *PAIR]
 
 
 @pytest.fixture

@@ -86,7 +86,7 @@ def explain(error: Exception, args, state, saved: list[Path]) -> UserError | Non
 
 
 @contextmanager
-def explained(args, state, list_checkpoints: Callable[[Path], list[Path]]) -> Iterator[None]:
+def explain_failures(args, state, list_checkpoints: Callable[[Path], list[Path]]) -> Iterator[None]:
     """Put what explain() says in the place of what is raised inside; arguments as there."""
     try:
         yield

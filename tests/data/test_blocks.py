@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from utils.data.blocks import BatchOrder, Blocks, open_blocks, pick_evenly
-from utils.data.text import plan_validation, read_book, split_book
+from utils.data.text import choose_validation_spans, read_book, split_book
 from utils.data.tokenizer import load_tokenizer
 from utils.errors import UserError
 from utils.storage import MANIFEST, read_json, write_sealed
@@ -57,7 +57,7 @@ def stream_of(blocks, split):
 
 
 def check_text(folder, paths, tokenizer):
-    """Decode every passage's span and compare it with the book; return how many tokens were left out."""
+    """Decode every segment's span and compare it with the book; return how many tokens were left out."""
     blocks, texts = open_blocks(folder), [read_book(path)[0] for path in paths]
     left_out, checked = 0, 0
     for split in SPLITS:
@@ -95,7 +95,7 @@ def test_decoding_gives_back_every_passage_of_three_books(three_books, tiny_mode
 def test_the_passages_are_those_that_the_plan_chose_over_all_books(three_books):
     texts = [read_book(path)[0] for path in three_books[0]]
     offsets = [0, *itertools.accumulate(map(len, texts))]
-    intervals = plan_validation(offsets.pop(), 0.25, 49)
+    intervals = choose_validation_spans(offsets.pop(), 0.25, 49)
     planned = [p for i, text in enumerate(texts) for p in split_book(text, i, offsets[i], intervals)]
     spans = read_json(three_books[1] / MANIFEST)["spans"]
     assert [(s["split"], s["book"], *s["chars"]) for s in spans] == [
@@ -113,7 +113,7 @@ def test_end_of_text_stands_exactly_between_books(three_books, tiny_model):
         expected = [s["tokens"][1] for s in lasts[:2] if s["split"] == split]
         stream = stream_of(blocks, split)
         assert [place for place, token in enumerate(stream) if token == eos] == expected
-        # Nothing else stands between the passages.
+        # Nothing else stands between the segments.
         mine = [s["tokens"] for s in spans if s["split"] == split]
         for (_, end), (start, _) in itertools.pairwise(mine):
             assert start == end + (end in expected)
@@ -136,7 +136,7 @@ def test_blocks_open_as_tensors_and_counts_agree(which, prepared, three_books):
         assert counts["blocks"] * size + counts["tail_tokens"] == counts["tokens"]
         assert 0 <= counts["tail_tokens"] < size
         spans = [s for s in manifest["spans"] if s["split"] == split]
-        assert counts["passages"] == len(spans)
+        assert counts["segments"] == len(spans)
         assert counts["chars"] == sum(b - a for a, b in (s["chars"] for s in spans))
         assert counts["bytes"] == sum(s["bytes"] for s in spans)
         ends += counts["tokens"] - sum(b - a for a, b in (s["tokens"] for s in spans))
@@ -159,10 +159,10 @@ def test_no_paragraph_of_validation_stands_in_training(prepared, tiny_model):
     """The book repeats no paragraph, so none of the held-out ones may be in the training blocks."""
     blocks, tokenizer = open_blocks(prepared), load_tokenizer(tiny_model)
     text = {split: tokenizer.decode(stream_of(blocks, split)) for split in SPLITS}
-    held_out = text["validation"].split("\n\n")
-    assert len(held_out) > 15
-    assert not [p for p in held_out[:-1] if p in text["train"]]  # the last is cut off by the tail
-    assert blocks.manifest["overlap"]["leaked_runs"] == 0
+    validation = text["validation"].split("\n\n")
+    assert len(validation) > 15
+    assert not [p for p in validation[:-1] if p in text["train"]]  # the last is cut off by the tail
+    assert blocks.manifest["overlap"]["leaked_ngrams"] == 0
 
 
 # Places
@@ -214,14 +214,14 @@ def test_picked_values_are_spread(n_values, count):
 @pytest.mark.parametrize("length", [1, 4, 5, 12, 13])
 @pytest.mark.parametrize("count", [0, 1, 2, 5, 7, 999])
 def test_stretches_lie_within_passages_and_nowhere_twice(length, count):
-    found = [ids.tolist() for ids in blocks_of_passages(5, 12).stretches("validation", length, count)]
+    found = [ids.tolist() for ids in blocks_of_passages(5, 12).windows("validation", length, count)]
     assert len(found) == min(count, 5 * (12 // length))
     assert all(ids == list(range(ids[0], ids[0] + length)) for ids in found)
-    assert all(ids[0] // 12 == ids[-1] // 12 for ids in found), "within a passage"
+    assert all(ids[0] // 12 == ids[-1] // 12 for ids in found), "within a segment"
     places = [place for ids in found for place in ids]
     assert places == sorted(set(places)), "in the book's order, none twice"
     if count >= 5 and found:
-        assert {ids[0] // 12 for ids in found} == set(range(5)), "from every passage"
+        assert {ids[0] // 12 for ids in found} == set(range(5)), "from every segment"
 
 
 def test_stretches_are_the_books(three_books, tiny_model):
@@ -229,14 +229,14 @@ def test_stretches_are_the_books(three_books, tiny_model):
     blocks, tokenizer = open_blocks(folder), load_tokenizer(tiny_model)
     texts = [read_book(path)[0] for path in paths]
     for split in SPLITS:
-        passages = [texts[span["book"]][slice(*span["chars"])] for *_, span in blocks.spans(split)]
-        found = tokenizer.batch_decode(blocks.stretches(split, 24, 20))
+        segments = [texts[span["book"]][slice(*span["chars"])] for *_, span in blocks.spans(split)]
+        found = tokenizer.batch_decode(blocks.windows(split, 24, 20))
         assert len(found) == 20
-        assert all(any(text.strip("\ufffd") in passage for passage in passages) for text in found)
+        assert all(any(text.strip("\ufffd") in segment for segment in segments) for text in found)
 
 
 def test_a_run_of_training_tokens_is_located_in_its_book(three_books, tiny_model):
-    """From the named character to the passage's end, the book has what the tokens from that place on decode to."""
+    """From the named character to the segment's end, the book has what the tokens from that place on decode to."""
     paths, folder = three_books
     blocks, tokenizer = open_blocks(folder), load_tokenizer(tiny_model)
     texts, ids, seen = [read_book(path)[0] for path in paths], blocks.ids("train"), set()
@@ -252,7 +252,7 @@ def test_a_run_of_training_tokens_is_located_in_its_book(three_books, tiny_model
             assert (found["tokens"], found["book"]) == (9, paths[span["book"]].name)
             assert found["share"] == char / len(book)
             assert found["text"] == tokenizer.decode(ids[place : place + 9])
-            assert book[first:char].endswith(found["before"].lstrip("\ufffd")), "from this passage"
+            assert book[first:char].endswith(found["before"].lstrip("\ufffd")), "from this segment"
             assert (found["before"] == "") == (place == a)
             assert (found["after"] == "") == (place + 9 == b)
             if not found["text"].endswith("\ufffd"):
@@ -269,7 +269,7 @@ def places_of(run, stream):
 def test_openings_are_the_beginnings_of_held_out_paragraphs(three_books, tiny_model, count):
     blocks, tokenizer = open_blocks(three_books[1]), load_tokenizer(tiny_model)
     stream, spans, begins = stream_of(blocks, "validation"), blocks.spans("validation"), []
-    pairs = blocks.openings(tokenizer, count, 11, 9)
+    pairs = blocks.validation_prompts(tokenizer, count, 11, 9)
     assert len(pairs) == count
     for ids, following in pairs:
         assert (len(ids), len(following)) == (11, 9)
@@ -280,12 +280,12 @@ def test_openings_are_the_beginnings_of_held_out_paragraphs(three_books, tiny_mo
         assert place == start or not tokenizer.decode(ids).startswith("\n")
         begins.append(place)
     assert begins == sorted(set(begins))
-    assert count < 3 or len({a for a, b, _ in spans for i in begins if a <= i < b}) > 1, "from more than one passage"
+    assert count < 3 or len({a for a, b, _ in spans for i in begins if a <= i < b}) > 1, "from more than one segment"
 
 
 @pytest.mark.parametrize(("count", "chosen"), [(0, []), (1, [0]), (2, [0, 2]), (3, [0, 1, 3]), (5, [0, 1, 2, 3, 4])])
 def test_openings_are_spread_over_the_passages(count, chosen):
-    pairs = blocks_of_passages(5, 12).openings(Spelling(), count, 3, 6)
+    pairs = blocks_of_passages(5, 12).validation_prompts(Spelling(), count, 3, 6)
     starts = [12 * i for i in chosen]
     assert pairs == [(list(range(s, s + 3)), list(range(s + 3, s + 9))) for s in starts]
 
@@ -295,20 +295,31 @@ def starts_of(pairs):
 
 
 def test_paragraphs_begin_an_opening_then_lines_then_sentences_then_any_token():
-    """Passages of 12 tokens, where an opening of 9 may begin at the first 4."""
+    """Passages of 12 tokens, where a validation prompt of 9 may begin at the first 4."""
     blocks = blocks_of_passages(5, 12)
-    paragraphs = {1: "\n", 2: "\n", 13: ".\n\n", 50: "\n", 51: "\n"}  # 52 is too late for an opening
+    paragraphs = {1: "\n", 2: "\n", 13: ".\n\n", 50: "\n", 51: "\n"}  # 52 is too late for a validation prompt
     lines = {24: " \n", 37: "\n"}
     sentences = {25: '?"', 38: ".", 48: ".", 49: "dot", 39: "3.5"}  # 49 does not begin with a space
     spelling = Spelling(paragraphs | lines | sentences)
-    assert starts_of(blocks.openings(spelling, 7, 3, 6)) == [0, 3, 12, 14, 24, 36, 48]
-    assert starts_of(blocks.openings(spelling, 8, 3, 6)) == [0, 3, 12, 14, 24, 25, 36, 38]
-    assert starts_of(blocks.openings(spelling, 9, 3, 6)) == [0, 3, 12, 14, 24, 25, 36, 38, 48]
-    assert starts_of(blocks.openings(spelling, 10, 3, 6)) == [0, 3, 12, 14, 24, 25, 26, 36, 38, 48]  # lines too
+    assert starts_of(blocks.validation_prompts(spelling, 7, 3, 6)) == [0, 3, 12, 14, 24, 36, 48]
+    assert starts_of(blocks.validation_prompts(spelling, 8, 3, 6)) == [0, 3, 12, 14, 24, 25, 36, 38]
+    assert starts_of(blocks.validation_prompts(spelling, 9, 3, 6)) == [0, 3, 12, 14, 24, 25, 36, 38, 48]
+    assert starts_of(blocks.validation_prompts(spelling, 10, 3, 6)) == [
+        0,
+        3,
+        12,
+        14,
+        24,
+        25,
+        26,
+        36,
+        38,
+        48,
+    ]  # lines too
     anywhere = [12 * i + k for i in range(5) for k in range(4)]
-    assert starts_of(blocks.openings(spelling, 20, 3, 6)) == anywhere
-    assert starts_of(blocks.openings(spelling, 999, 3, 6)) == anywhere
-    assert starts_of(blocks.openings(Spelling({13: ".", 14: "word", 25: "!\u201d"}), 6, 3, 6)) == [
+    assert starts_of(blocks.validation_prompts(spelling, 20, 3, 6)) == anywhere
+    assert starts_of(blocks.validation_prompts(spelling, 999, 3, 6)) == anywhere
+    assert starts_of(blocks.validation_prompts(Spelling({13: ".", 14: "word", 25: "!\u201d"}), 6, 3, 6)) == [
         0,
         12,
         24,
@@ -319,15 +330,15 @@ def test_paragraphs_begin_an_opening_then_lines_then_sentences_then_any_token():
 
 
 def test_no_opening_reaches_over_the_end_of_a_passage():
-    assert blocks_of_passages(5, 11).openings(Spelling(), 2, 3, 9) == []
-    # 55 tokens in blocks of 4: the last 3 were left out, so the last passage has 8.
+    assert blocks_of_passages(5, 11).validation_prompts(Spelling(), 2, 3, 9) == []
+    # 55 tokens in blocks of 4: the last 3 were left out, so the last segment has 8.
     for next_tokens, last in ((5, 44), (6, 35)):
-        pairs = blocks_of_passages(5, 11).openings(Spelling(), 99, 3, next_tokens)
+        pairs = blocks_of_passages(5, 11).validation_prompts(Spelling(), 99, 3, next_tokens)
         assert all(ids + after == list(range(ids[0], ids[0] + 3 + next_tokens)) for ids, after in pairs)
         assert all(ids[0] // 11 == after[-1] // 11 for ids, after in pairs)
         assert starts_of(pairs)[-1] == last
         assert len(pairs) == 4 * (11 - 3 - next_tokens + 1) + (last == 44)
-    assert len(blocks_of_passages(5, 11).openings(Spelling(), 5, 3, 5)) == 5
+    assert len(blocks_of_passages(5, 11).validation_prompts(Spelling(), 5, 3, 5)) == 5
 
 
 # Opening a folder
@@ -408,7 +419,7 @@ def test_every_block_once_an_epoch_from_any_step(n_blocks, batch_size, grad_accu
     order = BatchOrder(*settings_)
     for epoch in range(3):
         steps = range(epoch * order.steps_per_epoch, (epoch + 1) * order.steps_per_epoch)
-        updates = [order.update(step) for step in steps]
+        updates = [order.step_batches(step) for step in steps]
         assert sorted(n for update in updates for batch in update for n in batch) == list(range(n_blocks))
         for update in updates:
             assert 1 <= len(update) <= grad_accum_steps
@@ -417,7 +428,7 @@ def test_every_block_once_an_epoch_from_any_step(n_blocks, batch_size, grad_accu
         full = batch_size * grad_accum_steps
         assert all(sum(map(len, update)) == full for update in updates[:-1])
     # Any update can be had alone, in any order of asking, and iteration starts anywhere.
-    alone = [BatchOrder(*settings_).update(step) for step in range(first_step, first_step + 9)]
+    alone = [BatchOrder(*settings_).step_batches(step) for step in range(first_step, first_step + 9)]
     resumed = list(BatchOrder(*settings_).batches(first_step, first_step + 9))
     assert resumed == [batch for update in alone for batch in update]
     whole = list(BatchOrder(*settings_).batches(0, first_step + 9))
@@ -426,7 +437,7 @@ def test_every_block_once_an_epoch_from_any_step(n_blocks, batch_size, grad_accu
 
 def test_each_epoch_and_each_seed_has_its_own_order():
     def first_epochs(seed):
-        return [tuple(BatchOrder(40, 40, 1, seed).update(epoch)[0]) for epoch in range(4)]
+        return [tuple(BatchOrder(40, 40, 1, seed).step_batches(epoch)[0]) for epoch in range(4)]
 
     assert len({*first_epochs(1), *first_epochs(2)}) == 8
     assert first_epochs(1) == first_epochs(1)
@@ -436,5 +447,5 @@ def test_each_epoch_and_each_seed_has_its_own_order():
 def test_accumulation_divides_the_same_update():
     """4 x 1 and 2 x 2 are the same blocks in the same order."""
     for step in range(30):
-        wide, deep = (BatchOrder(37, b, a, 5).update(step) for b, a in ((4, 1), (2, 2)))
+        wide, deep = (BatchOrder(37, b, a, 5).step_batches(step) for b, a in ((4, 1), (2, 2)))
         assert [*itertools.chain(*wide)] == [*itertools.chain(*deep)]

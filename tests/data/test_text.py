@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from utils.data.text import find_books, find_cuts, plan_validation, read_book, split_book
+from utils.data.text import choose_validation_spans, find_books, find_cuts, read_book, split_book
 from utils.errors import UserError
 
 SAMPLE = Path("results/data/book.txt")
@@ -19,8 +19,8 @@ TEXT = st.lists(PIECE | st.text(max_size=8), max_size=60).map("".join)
 
 
 def split_books(texts, val_split, seed):
-    """Split several books as prepare_data.py does; passages by book."""
-    intervals = plan_validation(sum(map(len, texts)), val_split, seed)
+    """Split several books as prepare_data.py does; segments by book."""
+    intervals = choose_validation_spans(sum(map(len, texts)), val_split, seed)
     offset, found = 0, []
     for index, text in enumerate(texts):
         found.append(list(split_book(text, index, offset, intervals)))
@@ -29,16 +29,16 @@ def split_books(texts, val_split, seed):
 
 
 def validation_of(text, val_split=0.1, seed=42):
-    [passages] = split_books([text], val_split, seed)
-    return [p for p in passages if p.split == "validation"]
+    [segments] = split_books([text], val_split, seed)
+    return [p for p in segments if p.split == "validation"]
 
 
 def check_cover(texts, found):
-    """Each character stands in exactly one passage, in order."""
-    for index, (text, passages) in enumerate(zip(texts, found, strict=True)):
-        assert "".join(p.text for p in passages) == text
+    """Each character stands in exactly one segment, in order."""
+    for index, (text, segments) in enumerate(zip(texts, found, strict=True)):
+        assert "".join(p.text for p in segments) == text
         position = 0
-        for p in passages:
+        for p in segments:
             assert (p.book_index, p.start, p.text) == (index, position, text[p.start : p.end])
             assert p.end > p.start
             assert p.ends_book == (p.end == len(text))
@@ -127,14 +127,14 @@ def test_a_loop_of_links_is_left_for_read_book_to_explain(tmp_path):
 def test_every_character_stands_in_exactly_one_passage(texts, val_split, seed):
     found = split_books(texts, val_split, seed)
     check_cover(texts, found)
-    for passages in found:
-        assert val_split > 0 or [p.split for p in passages] == ["train"]
+    for segments in found:
+        assert val_split > 0 or [p.split for p in segments] == ["train"]
 
 
 @settings(max_examples=100, deadline=None)
 @given(n_chars=st.integers(0, 10**8), val_split=st.floats(0, 0.999), seed=st.integers(0, 2**32 - 1))
 def test_planned_intervals_are_in_order_inside_and_apart(n_chars, val_split, seed):
-    intervals = plan_validation(n_chars, val_split, seed)
+    intervals = choose_validation_spans(n_chars, val_split, seed)
     ends = [place for interval in intervals for place in interval]
     assert ends == sorted(ends)
     assert not ends or (ends[0] >= 0 and ends[-1] <= n_chars)
@@ -149,28 +149,28 @@ def test_planned_intervals_are_in_order_inside_and_apart(n_chars, val_split, see
 def test_each_third_has_a_passage_however_many_there_are():
     for n_chars in range(10_000, 300_000, 5_000):
         for seed in range(20):
-            middles = [(a + b) / 2 / n_chars for a, b in plan_validation(n_chars, 0.1, seed)]
+            middles = [(a + b) / 2 / n_chars for a, b in choose_validation_spans(n_chars, 0.1, seed)]
             assert {int(3 * place) for place in middles} == {0, 1, 2}
 
 
 @pytest.mark.parametrize("val_split", [0.05, 0.1, 0.2, 0.5])
 @pytest.mark.parametrize("seed", range(5))
 def test_validation_of_the_sample_book_stands_for_the_whole_book(sample, val_split, seed):
-    [passages] = found = split_books([sample], val_split, seed)
+    [segments] = found = split_books([sample], val_split, seed)
     check_cover([sample], found)
-    splits = [p.split for p in passages]
+    splits = [p.split for p in segments]
     assert all(a != b for a, b in itertools.pairwise(splits))
-    held_out = [p for p in passages if p.split == "validation"]
-    assert len(held_out) >= 3
-    assert {min(2, 3 * p.start // len(sample)) for p in held_out} == {0, 1, 2}  # each third has one
-    size = sum(len(p.text) for p in held_out)
+    validation = [p for p in segments if p.split == "validation"]
+    assert len(validation) >= 3
+    assert {min(2, 3 * p.start // len(sample)) for p in validation} == {0, 1, 2}  # each third has one
+    size = sum(len(p.text) for p in validation)
     assert size == pytest.approx(val_split * len(sample), rel=0.3)
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_passages_are_cut_at_paragraph_ends(sample, seed):
-    [passages] = split_books([sample], 0.1, seed)
-    for p in passages[1:]:
+    [segments] = split_books([sample], 0.1, seed)
+    for p in segments[1:]:
         assert sample[p.start - 2 : p.start] == "\n\n"
         assert not sample[p.start].isspace()
 
@@ -180,16 +180,16 @@ def test_the_share_is_kept_over_several_books(sample):
     texts = [sample[:third], sample[third : 2 * third], sample[2 * third :]]
     found = split_books(texts, 0.1, 1)
     check_cover(texts, found)
-    held_out = [p for passages in found for p in passages if p.split == "validation"]
-    assert {p.book_index for p in held_out} == {0, 1, 2}
-    assert sum(len(p.text) for p in held_out) == pytest.approx(0.1 * len(sample), rel=0.3)
+    validation = [p for segments in found for p in segments if p.split == "validation"]
+    assert {p.book_index for p in validation} == {0, 1, 2}
+    assert sum(len(p.text) for p in validation) == pytest.approx(0.1 * len(sample), rel=0.3)
 
 
 def test_a_passage_planned_across_two_books_is_kept_in_both():
     found = [list(split_book("x" * 100, index, 100 * index, [(90, 130), (150, 160)])) for index in (0, 1)]
     check_cover(["x" * 100] * 2, found)
-    held_out = [[(p.start, p.end) for p in passages if p.split == "validation"] for passages in found]
-    assert held_out == [[(90, 100)], [(0, 30), (50, 60)]]
+    validation = [[(p.start, p.end) for p in segments if p.split == "validation"] for segments in found]
+    assert validation == [[(90, 100)], [(0, 30), (50, 60)]]
 
 
 def test_overlapping_intervals_still_cover_each_character_once():
@@ -210,14 +210,18 @@ def test_a_book_without_paragraphs_is_cut_at_the_next_best_place():
     words = "word " * 8_000
     letters = "x" * 40_000
     for text, before in ((lines, "\n"), (sentences, ". "), (words, " "), (letters, "x")):
-        held_out = validation_of(text)
-        assert len(held_out) >= 3
-        assert sum(len(p.text) for p in held_out) == pytest.approx(0.1 * len(text), rel=0.05)
-        assert all(text[: p.start].endswith(before) and text[: p.end].endswith(before) for p in held_out)
+        validation = validation_of(text)
+        assert len(validation) >= 3
+        assert sum(len(p.text) for p in validation) == pytest.approx(0.1 * len(text), rel=0.05)
+        assert all(text[: p.start].endswith(before) and text[: p.end].endswith(before) for p in validation)
 
 
 def test_the_seed_alone_chooses_the_places(sample):
     places = {seed: [(p.start, p.end) for p in validation_of(sample, seed=seed)] for seed in range(6)}
     assert [(p.start, p.end) for p in validation_of(sample, seed=3)] == places[3]
     assert len({tuple(found) for found in places.values()}) == 6
-    assert plan_validation(10_000, 0.1, 7) == plan_validation(10_000, 0.1, 7) != plan_validation(10_000, 0.1, 8)
+    assert (
+        choose_validation_spans(10_000, 0.1, 7)
+        == choose_validation_spans(10_000, 0.1, 7)
+        != choose_validation_spans(10_000, 0.1, 8)
+    )

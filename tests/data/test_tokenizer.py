@@ -14,7 +14,7 @@ from transformers import GPT2TokenizerFast, PreTrainedTokenizerFast
 
 from utils.data import tokenizer as tokens
 from utils.data.blocks import save_blocks
-from utils.data.text import Passage
+from utils.data.text import Segment
 from utils.data.tokenizer import TokenWriter, cut_pieces, encode_text, pieces_are_exact, token_dtype, train_tokenizer
 from utils.errors import UserError
 
@@ -101,16 +101,16 @@ def newer_bpe():
     return trained(pre_tokenizers.Sequence([split, byte_level]), decoders.ByteLevel())
 
 
-def passage(text, split="train", book_index=0, ends_book=False):
-    return Passage(split, book_index, 0, len(text), ends_book, text)
+def segment(text, split="train", book_index=0, ends_book=False):
+    return Segment(split, book_index, 0, len(text), ends_book, text)
 
 
 def stored_ids(folder, tokenizer, texts):
-    """Write texts as passages of one book and read the stored tokens of each back."""
+    """Write texts as segments of one book and read the stored tokens of each back."""
     folder.mkdir()
     writer = TokenWriter(folder, tokenizer, 1)
     for text in texts:
-        writer.write(passage(text))
+        writer.write(segment(text))
     stream = writer.open_tokens()["train"].tolist()
     return [stream[slice(*span["tokens"])] for span in writer.spans]
 
@@ -192,7 +192,7 @@ def test_a_tokenizer_that_sees_the_cuts_gets_whole_passages(build, tmp_path):
     whole = whole_ids(tokenizer, ENGLISH)
     assert encode_text(tokenizer, tokens.PIECE_CUT.split(ENGLISH)) != whole
     assert not pieces_are_exact(tokenizer, ENGLISH)
-    assert not pieces_are_exact(tokenizer, "Log")  # no cut in it: a short first passage proves nothing
+    assert not pieces_are_exact(tokenizer, "Log")  # no cut in it: a short first segment proves nothing
     texts = ["Log", ENGLISH, ENGLISH[5_000:19_000]]
     assert stored_ids(tmp_path / "blocks", tokenizer, texts) == [whole_ids(tokenizer, text) for text in texts]
 
@@ -249,7 +249,7 @@ def test_ids_above_65535_come_back_exactly(tmp_path):
     text = "".join(map(chr, [65_535, 65_536, 65_540, 69_999, 66, 0x10FFF, 65_599, 7])) * 5
     writer = TokenWriter(tmp_path, BigVocabulary(), n_books=2)
     for split in ("train", "validation"):
-        writer.write(passage(text, split, ends_book=split == "validation"))
+        writer.write(segment(text, split, ends_book=split == "validation"))
     stored = writer.open_tokens()
     assert stored["train"].dtype == np.uint32
     assert stored["train"].tolist() == list(map(ord, text))
@@ -263,7 +263,7 @@ def test_an_id_beyond_the_tokenizers_own_vocabulary_is_refused(tmp_path):
     tokenizer = BigVocabulary()
     tokenizer.size = 50_000  # stored in uint16, which 69999 would wrap around
     with pytest.raises(UserError, match="id 69999 is beyond its own vocabulary of 50000"):
-        TokenWriter(tmp_path, tokenizer, 1).write(passage(chr(69_999)))
+        TokenWriter(tmp_path, tokenizer, 1).write(segment(chr(69_999)))
 
 
 def test_counts_and_spans_of_a_writer(byte_bpe, tmp_path):
@@ -271,7 +271,7 @@ def test_counts_and_spans_of_a_writer(byte_bpe, tmp_path):
     texts = [("train", 0, "The light.\n\n", False), ("validation", 0, "Caf\u00e9 sea.\n", True)]
     texts += [("train", 1, "Second book.", False), ("validation", 1, "End.", True)]
     for split, book_index, text, ends in texts:
-        writer.write(passage(text, split, book_index, ends))
+        writer.write(segment(text, split, book_index, ends))
     stored, eos = writer.open_tokens(), byte_bpe.eos_token_id
     assert writer.n_tokens == {split: len(ids) for split, ids in stored.items()}
     for (split, book_index, text, _), span in zip(texts, writer.spans, strict=True):

@@ -17,11 +17,11 @@ from scorer import independent_loss
 import finetune_generative
 from utils.data.blocks import open_blocks
 from utils.evaluation import compare
-from utils.evaluation.loss import CopyProbe, default_copy_rate, measure_extraction, measure_gain
+from utils.evaluation.loss import CopyMonitor, default_copy_rate, measure_extraction, measure_gain
 from utils.evaluation.stylometry import MIN_WORDS, split_words
 from utils.model.loading import autocast, load_pair
 
-MISSING = ["--num-openings", 2, "--max-new-tokens", 8]
+MISSING = ["--num-validation-prompts", 2, "--max-new-tokens", 8]
 MODELS = ("base", "finetuned")
 
 
@@ -73,15 +73,15 @@ def test_the_report_has_what_outsiders_were_promised(reported):
     assert report["style_gain"].keys() == {"value", "low", "high"}
     assert isinstance(report["forgetting_percent"], float)
     for measure in ("delta", "cosine_delta", "auc"):
-        assert report[measure].keys() == {"heldout", "finetuned", "base"}
+        assert report[measure].keys() == {"reference", "finetuned", "base"}
         for name, value in report[measure].items():
             low, high = report["intervals"][measure][name]
             assert low <= value <= high
-    for name in ("heldout", "finetuned", "base"):
+    for name in ("reference", "finetuned", "base"):
         assert report["copy_rate"][name].keys() == {"8", "16", "32"}
     assert report["longest_copy"]["finetuned"]["tokens"] > 0
     for name in MODELS:
-        assert report["extraction"][name].keys() == {"train", "heldout"}
+        assert report["extraction"][name].keys() == {"train", "reference"}
     assert all(isinstance(sentence, str) for sentence in report["verdict"])
     assert len(report["verdict"]) == 4
     assert report["missing"] == []
@@ -106,10 +106,10 @@ def test_copying_from_samples_and_data_folder_alone(large, reported):
     _, report, rows = reported
     train = [token for row in token_rows(large / "blocks", "train") for token in row]
     texts = {name: [row["generated_ids"] for row in rows if row["model"] == name] for name in MODELS}
-    held_out = [token for row in token_rows(large / "blocks", "validation") for token in row]
+    validation = [token for row in token_rows(large / "blocks", "validation") for token in row]
     manifest = json.loads((large / "blocks/manifest.json").read_text())
     spans = [span["tokens"] for span in manifest["spans"] if span["split"] == "validation"]
-    texts["heldout"] = [held_out[start:end] for start, end in spans]
+    texts["reference"] = [validation[start:end] for start, end in spans]
     for name, ids in texts.items():
         for length in (8, 16, 32):
             assert report["copy_rate"][name][str(length)] == pytest.approx(brute_share(ids, train, length), abs=1e-12)
@@ -127,7 +127,7 @@ def test_the_longest_run_is_at_its_place_in_the_book(large, reported):
             assert book[run["char"] :].startswith(run["text"])
             assert run["share"] == pytest.approx(run["char"] / len(book))
     for place in report["places"]:
-        crosses = not place["after"]  # two passages meet there in training, where held-out text was taken out
+        crosses = not place["after"]  # two segments meet there in training, where held-out text was taken out
         assert crosses or book[place["char"] :].startswith(place["text"] + place["after"])
         assert book[: place["char"]].endswith(place["before"])
         assert place["tokens"] >= 8
@@ -228,9 +228,9 @@ def test_a_small_book_gets_the_report_that_is_possible(prepared, tiny_model, scr
     assert ran.code == 0, ran.err
     _, report, _ = read(tmp_path / "tuned")
     assert "delta" not in report
-    assert report["copy_rate"]["heldout"]["8"] > 0
+    assert report["copy_rate"]["reference"]["8"] > 0
     assert "style_gain" in report
-    assert any("1,500 words" in reason and "heldout has" in reason for reason in report["missing"])
+    assert any("1,500 words" in reason and "reference has" in reason for reason in report["missing"])
     assert "not measured" in ran.out
     assert "1,500 words" in (tmp_path / "tuned" / "report.html").read_text()
 
@@ -348,19 +348,20 @@ def test_probe_measures_the_same_sample_every_time(large):
     model, tokenizer = load_pair(large / "model")
     data = open_blocks(large / "blocks")
     args = Namespace(copy_samples=6, seed=1, max_copy_rate=None)
-    probe = CopyProbe(args, data, model, tokenizer)
+    probe = CopyMonitor(args, data, model, tokenizer)
     before = torch.get_rng_state()
     first, again = probe.measure(model, fp32), probe.measure(model, fp32)
     assert first == again
     assert torch.equal(before, torch.get_rng_state())
-    held_out = compare.ngrams.measure_copying(
+    validation = compare.ngrams.ngram_overlap(
         [data.ids("validation")[a:b] for a, b, _ in data.spans("validation")], data.ids("train")
     )
-    assert probe.limit == default_copy_rate(held_out["8"]) == 3 * max(held_out["8"], 0.01)
+    assert probe.limit == default_copy_rate(validation["8"]) == 3 * max(validation["8"], 0.01)
     assert (
-        CopyProbe(Namespace(copy_samples=0, seed=1, max_copy_rate=0.5), data, model, tokenizer).measure(model, 0) == {}
+        CopyMonitor(Namespace(copy_samples=0, seed=1, max_copy_rate=0.5), data, model, tokenizer).measure(model, 0)
+        == {}
     )
-    assert CopyProbe(Namespace(copy_samples=1, seed=1, max_copy_rate=0.5), data, model, tokenizer).limit == 0.5
+    assert CopyMonitor(Namespace(copy_samples=1, seed=1, max_copy_rate=0.5), data, model, tokenizer).limit == 0.5
 
 
 def test_a_run_writes_its_copy_rate(large):
@@ -398,13 +399,13 @@ def test_a_few_blocks_have_a_loss_but_no_interval(book, tiny_model, script, tmp_
 
 
 def test_samples_longer_than_any_held_out_passage_are_measured_all_the_same(large, reported):
-    """No stretch of the author's is as long: his column stays empty, the models' do not."""
+    """No window of the author's is as long: his column stays empty, the models' do not."""
     _, _, rows = reported
     data, tokenizer = open_blocks(large / "blocks"), load_pair(large / "model")[1]
-    args, missing = Namespace(max_new_tokens=1 + max(map(len, data.passages("validation"))), seed=1), []
+    args, missing = Namespace(max_new_tokens=1 + max(map(len, data.segments("validation"))), seed=1), []
     part = compare.compare_texts(rows, data, tokenizer, "", args, missing)
     assert part["repetition"]["base"]["distinct_1"] > 0
-    assert part["repetition"]["heldout"]["distinct_1"] is None
-    assert part["counts"]["texts"]["heldout"] == 0
-    assert part["copy_rate"]["heldout"]["8"] > 0  # of whole passages, not of stretches
-    assert any("heldout has 0" in reason for reason in missing)
+    assert part["repetition"]["reference"]["distinct_1"] is None
+    assert part["counts"]["texts"]["reference"] == 0
+    assert part["copy_rate"]["reference"]["8"] > 0  # of whole segments, not of windows
+    assert any("reference has 0" in reason for reason in missing)

@@ -81,7 +81,7 @@ def test_reported_figures_of_a_run_are_the_scorers(scored, prepared, script, tmp
     assert results["eval_loss"] == pytest.approx(independent_loss(load_model(out), rows), abs=1e-5)
     control = tmp_path / "control.txt"
     control.write_text("General text is another's. " * 60)
-    flags = ["--max-new-tokens", 4, "--num-openings", 0, "--control-path", control]
+    flags = ["--max-new-tokens", 4, "--num-validation-prompts", 0, "--control-path", control]
     compared = script("generate_text", "--finetuned-model", out, *flags)
     assert compared.code == 0, compared.err
     assert f"{results['base_eval_loss']:.4f}" in compared.out

@@ -12,15 +12,15 @@ from utils.evaluation import ngrams
 from utils.evaluation.generation import CopyGuard, Decoding, generate_ids
 from utils.evaluation.ngrams import (
     NOT_FOUND,
-    RunIndex,
-    copied_tokens,
+    NgramIndex,
     ends_in_loop,
-    find_longest,
-    find_runs,
-    hash_runs,
-    measure_copying,
+    find_ngrams,
+    hash_ngrams,
+    longest_overlap,
+    mark_overlap,
     measure_repetition,
-    trace_runs,
+    ngram_overlap,
+    trace_spans,
 )
 from utils.model.loading import autocast, load_pair
 
@@ -94,7 +94,7 @@ def corpora(draw):
 @given(corpus=corpora(), length=st.sampled_from(LENGTHS))
 def test_copied_tokens_equal_a_brute_force_scan(corpus, length):
     train, texts = corpus
-    masks = copied_tokens([array(text) for text in texts], array(train), length)
+    masks = mark_overlap([array(text) for text in texts], array(train), length)
     assert [mask.tolist() for mask in masks] == [mark_copied(text, train, length) for text in texts]
 
 
@@ -106,7 +106,7 @@ def test_copy_rates_equal_a_brute_force_scan(corpus):
     expected = {
         str(n): sum(sum(mark_copied(text, train, n)) for text in texts) / total if total else None for n in (8, 16, 32)
     }
-    assert measure_copying([array(text) for text in texts], array(train, np.uint16)) == expected
+    assert ngram_overlap([array(text) for text in texts], array(train, np.uint16)) == expected
 
 
 @settings(max_examples=60, deadline=None)
@@ -115,7 +115,7 @@ def test_the_first_place_is_found(corpus, length, chunk):
     train, texts = corpus
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ngrams, "CHUNK", chunk)
-        found = find_runs([array(text) for text in texts], array(train, np.uint16), length)
+        found = find_ngrams([array(text) for text in texts], array(train, np.uint16), length)
     assert len(found) == len(texts)
     for text, places in zip(texts, found, strict=True):
         runs = [text[start : start + length] for start in range(len(text) - length + 1)]
@@ -125,9 +125,9 @@ def test_the_first_place_is_found(corpus, length, chunk):
 def test_a_run_does_not_reach_across_two_texts():
     train = array(range(100, 140))
     apart = [train[:7], train[7:12], train[12:19]]
-    assert measure_copying(apart, train) == {"8": 0.0, "16": 0.0, "32": 0.0}
-    assert find_longest(apart, train)[0] == 7
-    joined = measure_copying([np.concatenate(apart)], train)
+    assert ngram_overlap(apart, train) == {"8": 0.0, "16": 0.0, "32": 0.0}
+    assert longest_overlap(apart, train)[0] == 7
+    joined = ngram_overlap([np.concatenate(apart)], train)
     assert joined == {"8": 1.0, "16": 1.0, "32": 0.0}
 
 
@@ -135,7 +135,7 @@ def test_a_run_does_not_reach_across_two_texts():
 @given(corpus=corpora())
 def test_the_longest_run_is_the_longest(corpus):
     train, texts = corpus
-    tokens, number, start, place = find_longest([array(text) for text in texts], array(train, np.uint16))
+    tokens, number, start, place = longest_overlap([array(text) for text in texts], array(train, np.uint16))
     assert tokens == max((longest_shared(text, train) for text in texts), default=0)
     if tokens:
         run = texts[number][start : start + tokens]
@@ -151,7 +151,7 @@ def test_runs_equal_training_and_cover_what_is_copied(corpus, length):
     train, texts = corpus
     for text in texts:
         covered, starts, ends = [False] * len(text), [-1], [0]
-        for start, end, place in trace_runs(array(text), array(train, np.uint16), length):
+        for start, end, place in trace_spans(array(text), array(train, np.uint16), length):
             assert start > starts[-1]
             assert end > ends[-1]  # each adds something to what those before it cover
             assert end - start >= length
@@ -166,9 +166,9 @@ def test_runs_equal_training_and_cover_what_is_copied(corpus, length):
 def test_a_copied_passage_is_one_run():
     train = array(range(200))
     text = np.concatenate([[900], train[20:60], [901, 902], train[150:157], train[3:11], train[190:]])
-    assert trace_runs(text, train, 8) == [(1, 41, 20), (50, 58, 3), (58, 68, 190)]
+    assert trace_spans(text, train, 8) == [(1, 41, 20), (50, 58, 3), (58, 68, 190)]
     # One place ends inside the run that goes on from another.
-    assert trace_runs(array([1, 2, 3, 4, 5, 6, 7, 8]), array([1, 2, 3, 4, 5, 0, 3, 4, 5, 6, 7, 8]), 4) == [
+    assert trace_spans(array([1, 2, 3, 4, 5, 6, 7, 8]), array([1, 2, 3, 4, 5, 0, 3, 4, 5, 6, 7, 8]), 4) == [
         (0, 5, 0), (2, 8, 6),
     ]  # fmt: skip
 
@@ -177,7 +177,7 @@ def test_a_copied_passage_is_one_run():
 @given(corpus=corpora(), length=st.sampled_from([1, 2, 5, 8]))
 def test_what_follows_a_run_equals_brute_force(corpus, length):
     train, texts = corpus
-    index = RunIndex(array(train, np.uint16), length)
+    index = NgramIndex(array(train, np.uint16), length)
     for text in (*texts, train):  # the end of training has nothing after it
         for start in range(len(text) - length + 1):
             run = text[start : start + length]
@@ -189,10 +189,10 @@ def test_what_follows_a_run_equals_brute_force(corpus, length):
 def test_a_run_has_one_hash_wherever_it_stands(corpus, length, shift):
     train, _ = corpus
     runs = [train[start : start + length] for start in range(len(train) - length + 1)]
-    alone = [int(hash_runs(array(run, np.uint16), length)[0]) for run in runs]
-    later = hash_runs(array([7] * shift + list(train), np.uint32), length)
+    alone = [int(hash_ngrams(array(run, np.uint16), length)[0]) for run in runs]
+    later = hash_ngrams(array([7] * shift + list(train), np.uint32), length)
     assert later.dtype == np.uint64
-    assert later[shift : shift + len(runs)].tolist() == hash_runs(array(train), length).tolist() == alone
+    assert later[shift : shift + len(runs)].tolist() == hash_ngrams(array(train), length).tolist() == alone
     assert len(set(alone)) == len(set(runs))
 
 
@@ -205,29 +205,29 @@ def test_planted_copies_are_measured():
         for start in range(0, 2_000, 100):
             place = rng.integers(0, len(train) - 40)
             text[start + 30 : start + 70] = train[place : place + 40]
-    rates = measure_copying(texts, train)
+    rates = ngram_overlap(texts, train)
     assert rates["8"] == pytest.approx(0.40, abs=0.01)
     assert rates["16"] == pytest.approx(0.40, abs=0.01)
     assert rates["32"] == pytest.approx(0.40, abs=0.01)
-    assert measure_copying([text[:69] for text in texts], train)["32"] == pytest.approx(39 / 69, abs=0.01)
-    assert measure_copying([text[:61] for text in texts], train)["32"] == 0  # 31 tokens are no run of 32
+    assert ngram_overlap([text[:69] for text in texts], train)["32"] == pytest.approx(39 / 69, abs=0.01)
+    assert ngram_overlap([text[:61] for text in texts], train)["32"] == 0  # 31 tokens are no run of 32
 
 
 def test_empty_texts_and_short_training():
     none, some = array([]), array([1, 2, 3])
-    assert measure_copying([], some) == measure_copying([none, none], some) == {"8": None, "16": None, "32": None}
-    assert measure_copying([array([1, 2, 3] * 4)], some) == {"8": 0.0, "16": 0.0, "32": 0.0}
-    assert measure_copying([array(range(40)), none], none) == {"8": 0.0, "16": 0.0, "32": 0.0}
-    assert [places.tolist() for places in find_runs([some, none, array([5, 1, 2, 3])], some, 3)] == [[0], [], [-1, 0]]
-    assert find_runs([], some, 2) == []
-    assert find_runs([some], none, 2)[0].tolist() == [NOT_FOUND] * 2
-    assert [mask.tolist() for mask in copied_tokens([none, some], some, 8)] == [[], [False] * 3]
-    assert find_longest([], some) == find_longest([none], some) == find_longest([some], none) == (0, 0, 0, 0)
-    assert find_longest([none, array([9, 2, 3])], some) == (2, 1, 1, 1)
-    assert trace_runs(none, some, 2) == trace_runs(some, none, 2) == []
+    assert ngram_overlap([], some) == ngram_overlap([none, none], some) == {"8": None, "16": None, "32": None}
+    assert ngram_overlap([array([1, 2, 3] * 4)], some) == {"8": 0.0, "16": 0.0, "32": 0.0}
+    assert ngram_overlap([array(range(40)), none], none) == {"8": 0.0, "16": 0.0, "32": 0.0}
+    assert [places.tolist() for places in find_ngrams([some, none, array([5, 1, 2, 3])], some, 3)] == [[0], [], [-1, 0]]
+    assert find_ngrams([], some, 2) == []
+    assert find_ngrams([some], none, 2)[0].tolist() == [NOT_FOUND] * 2
+    assert [mask.tolist() for mask in mark_overlap([none, some], some, 8)] == [[], [False] * 3]
+    assert longest_overlap([], some) == longest_overlap([none], some) == longest_overlap([some], none) == (0, 0, 0, 0)
+    assert longest_overlap([none, array([9, 2, 3])], some) == (2, 1, 1, 1)
+    assert trace_spans(none, some, 2) == trace_spans(some, none, 2) == []
     for train in (none, array([1]), some):  # three tokens are one run of three, with nothing after it
-        assert RunIndex(train, 3).following(some).tolist() == []
-    assert len(hash_runs(some, 4)) == len(hash_runs(none, 1)) == 0
+        assert NgramIndex(train, 3).following(some).tolist() == []
+    assert len(hash_ngrams(some, 4)) == len(hash_ngrams(none, 1)) == 0
 
 
 def test_repetition_by_hand():
@@ -344,7 +344,7 @@ def test_the_guard_keeps_copied_runs_short(reciter, decoding):
     runs = [longest_new_run(p + new, len(p), book) for p, new in zip(prompts, free, strict=True)]
     assert min(runs) > 8, runs
     for longest in (2, 5, 8):
-        guard = CopyGuard(RunIndex(train, longest), eos)
+        guard = CopyGuard(NgramIndex(train, longest), eos)
         kept = generate_ids(model, eos, prompts, list(range(8)), decoding, fp32, guard)
         runs = [longest_new_run(p + new, len(p), book) for p, new in zip(prompts, kept, strict=True)]
         assert max(runs) == longest, runs  # the whole length allowed is used, and no token more
@@ -354,7 +354,7 @@ def test_the_guard_keeps_copied_runs_short(reciter, decoding):
 @pytest.mark.parametrize("longest", [2, 5, 8])
 def test_the_guard_counts_the_tokens_before_which_it_forbade(reciter, longest):
     model, eos, train, prompts = reciter
-    book, index = tuple(train.tolist()), RunIndex(train, longest)
+    book, index = tuple(train.tolist()), NgramIndex(train, longest)
     for prompt in prompts[:3]:
         guard, expected = CopyGuard(index, eos), 0
         new = generate_ids(model, eos, [prompt], [0], GREEDY, fp32, guard)[0]
@@ -374,7 +374,7 @@ def test_where_the_guard_does_not_act_nothing_changes(reciter, decoding):
         free = generate_ids(model, eos, [prompt], [seed], decoding, fp32)[0]
         longest = longest_new_run(prompt + free[:-1], len(prompt), book)  # after the last token nothing is chosen
         for allowed in (longest + 1, longest + 5, longest):
-            guard = CopyGuard(RunIndex(train, allowed), eos)
+            guard = CopyGuard(NgramIndex(train, allowed), eos)
             new = generate_ids(model, eos, [prompt], [seed], decoding, fp32, guard)[0]
             assert (guard.acted == 0) == (allowed > longest)
             assert new == free or allowed == longest
@@ -385,14 +385,14 @@ def test_a_run_that_begins_in_the_prompt_is_not_drawn_out(reciter):
     book, prompt = tuple(train.tolist()), train[:20].tolist()
     free = generate_ids(model, eos, [prompt], [0], GREEDY, fp32)[0]
     assert free[:8] == train[20:28].tolist()
-    kept = generate_ids(model, eos, [prompt], [0], GREEDY, fp32, CopyGuard(RunIndex(train, 8), eos))[0]
+    kept = generate_ids(model, eos, [prompt], [0], GREEDY, fp32, CopyGuard(NgramIndex(train, 8), eos))[0]
     assert first_place((*prompt[-8:], kept[0]), book) == NOT_FOUND
 
 
 def test_a_finished_row_is_not_counted(reciter):
     """After its end of text a row waits for the others: nothing is forbidden it, whatever stands in training."""
     eos = reciter[1]
-    guard = CopyGuard(RunIndex(array([5, eos, 6, 5, 7]), 2), eos)
+    guard = CopyGuard(NgramIndex(array([5, eos, 6, 5, 7]), 2), eos)
     scores = torch.zeros(3, 10)
     out = guard(torch.tensor([[4, 5, eos], [1, 6, 5], [1, 2, 3]]), scores.clone())
     assert guard.acted == 1
@@ -405,7 +405,7 @@ def test_a_guard_of_another_text_does_nothing(reciter):
     free = generate_ids(model, eos, prompts, list(range(8)), SAMPLED, fp32)
     unused = sorted(set(range(400)) - {token for row in (*prompts, *free) for token in row})[:9]
     for train in (array(unused * 9), array(unused[:1]), array([])):
-        guard = CopyGuard(RunIndex(train, 2), eos)
+        guard = CopyGuard(NgramIndex(train, 2), eos)
         assert generate_ids(model, eos, prompts, list(range(8)), SAMPLED, fp32, guard) == free
         assert guard.acted == 0
 
@@ -416,7 +416,7 @@ def test_the_guard_does_not_depend_on_the_rows_beside(reciter):
     alone = [11, 12]
     new = generate_ids(model, eos, [alone], [0], GREEDY, fp32)[0]
     train = array([30, eos, *alone, new[0], 31])  # the second book begins as the sample does
-    index = RunIndex(train, 3)
+    index = NgramIndex(train, 3)
     single = generate_ids(model, eos, [alone], [0], GREEDY, fp32, CopyGuard(index, eos))[0]
     batch = generate_ids(model, eos, [alone, [11, 12, 13]], [0, 1], GREEDY, fp32, CopyGuard(index, eos))[0]
     assert single == batch

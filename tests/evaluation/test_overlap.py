@@ -6,16 +6,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from utils.evaluation import ngrams
-from utils.evaluation.ngrams import hash_runs, measure_overlap
+from utils.evaluation.ngrams import hash_ngrams, measure_leakage
 
 
 def count_overlap(train, validation, run):
-    """Count as measure_overlap does, by comparing tuples."""
+    """Count as measure_leakage does, by comparing tuples."""
     runs = [tuple(train[i : i + run]) for i in range(len(train) - run + 1)]
-    held_out = [tuple(validation[i : i + run]) for i in range(len(validation) - run + 1)]
+    validation = [tuple(validation[i : i + run]) for i in range(len(validation) - run + 1)]
     return {
-        "validation_runs": len(held_out),
-        "leaked_runs": sum(r in set(runs) for r in held_out),
+        "validation_ngrams": len(validation),
+        "leaked_ngrams": sum(r in set(runs) for r in validation),
         "repeated_share": round(1 - len(set(runs)) / len(runs), 6) if runs else 0.0,
     }
 
@@ -40,7 +40,7 @@ def test_overlap_equals_a_brute_force_count(streams, run, chunk):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ngrams, "OVERLAP_TOKENS", run)
         patch.setattr(ngrams, "CHUNK", chunk)
-        found = measure_overlap(train, validation)
+        found = measure_leakage(train, validation)
     assert found == count_overlap(train.tolist(), validation.tolist(), run)
 
 
@@ -52,16 +52,16 @@ def test_overlap_of_runs_of_32_tokens(monkeypatch):
     validation[500:531] = train[:31]  # one token short of a run
     train[2_000:2_040] = train[50:90]
     monkeypatch.setattr(ngrams, "CHUNK", 100)
-    found = measure_overlap(train, validation)
+    found = measure_leakage(train, validation)
     assert found == count_overlap(train.tolist(), validation.tolist(), 32)
-    assert (found["leaked_runs"], found["validation_runs"]) == (9, 869)
+    assert (found["leaked_ngrams"], found["validation_ngrams"]) == (9, 869)
     assert found["repeated_share"] == round(9 / 3_969, 6)
 
 
 @settings(max_examples=60, deadline=None)
 @given(ids=st.lists(st.integers(0, 2), max_size=80), run=st.integers(1, 5))
 def test_two_runs_have_one_hash_when_they_are_equal_and_only_then(ids, run):
-    hashes = hash_runs(np.array(ids, np.uint16), run).tolist()
+    hashes = hash_ngrams(np.array(ids, np.uint16), run).tolist()
     runs = [tuple(ids[i : i + run]) for i in range(len(ids) - run + 1)]
     assert len(hashes) == len(runs)
     assert len(set(zip(hashes, runs, strict=True))) == len(set(hashes)) == len(set(runs))

@@ -23,11 +23,12 @@ def figures(gain=(0.2, 0.3), book=(0.3, 0.4), copied=0.05, own=0.04, recited=0.0
     def between(low, high):
         return {"value": (low + high) / 2, "low": low, "high": high}
 
-    extraction = {"train": {"exact_match": recited, "prefixes": 50, "tokens": 32}, "heldout": {"exact_match": 0.0}}
+    extraction = {"train": {"exact_match": recited, "prefixes": 50, "tokens": 32}, "reference": {"exact_match": 0.0}}
     return {
         "style_gain": between(*gain), "book_gain": between(*book), "control_gain": between(-0.1, 0.0),
         "forgetting_percent": forgot,
-        "copy_rate": {"finetuned": {"8": copied}, "heldout": {"8": own}}, "longest_copy": {"finetuned": {"tokens": 21}},
+        "copy_rate": {"finetuned": {"8": copied}, "reference": {"8": own}},
+        "longest_copy": {"finetuned": {"tokens": 21}},
         "extraction": {"finetuned": extraction}, "repetition": {"finetuned": {"loops": loops}},
     }  # fmt: skip
 
@@ -38,7 +39,7 @@ def test_verdict_of_a_healthy_run():
         "It learned the book: unseen pages cost 0.35 bits per byte less than for the base model.",
         "It copies little: 5.0% of its tokens stand in runs of 8 or more of the book, the longest 21 tokens; "
         "the author's own unseen pages share 4.0%.",
-        "It does not recite: given the beginnings of 50 passages it was trained on, it goes on word for word, "
+        "It does not recite: given the beginnings of 50 segments it was trained on, it goes on word for word, "
         "32 tokens long, in 0% of cases.",
         "It forgot little: general text costs 4.0% more bits than before.",
     ]
@@ -101,7 +102,7 @@ def test_all_pages_carry_the_same_numbers(measured, report):
         for sentence in report["verdict"]:
             assert sentence in page
         for row in rows:
-            for name in ("base", "finetuned", "heldout"):
+            for name in ("base", "finetuned", "reference"):
                 assert row[name] in page
     shown = render_terminal(report, width=120)
     for row in rows:
@@ -111,10 +112,10 @@ def test_all_pages_carry_the_same_numbers(measured, report):
 
 def test_scores_are_the_reports(report):
     rows = {row["label"]: row for row in list_scores(report)}
-    assert rows["Burrows' Delta"]["heldout"].startswith(f"{report['delta']['heldout']:.3f} [")
+    assert rows["Burrows' Delta"]["reference"].startswith(f"{report['delta']['reference']:.3f} [")
     assert rows["told from the book, AUC"]["base"].startswith(f"{report['auc']['base']:.3f}")
     assert rows["copied in runs of 16+"]["finetuned"] == f"{report['copy_rate']['finetuned']['16']:.2%}"
-    assert rows["held-out pages: perplexity"]["heldout"] == ""
+    assert rows["held-out pages: perplexity"]["reference"] == ""
     exact = report["extraction"]["finetuned"]["train"]["exact_match"]
     assert rows["continued word for word, trained"]["finetuned"] == f"{exact:.0%}"
 

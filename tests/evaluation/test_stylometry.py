@@ -13,7 +13,7 @@ from sklearn.model_selection import StratifiedKFold
 
 from utils.evaluation import stylometry
 from utils.evaluation.stylometry import (
-    build_yardstick,
+    build_word_profile,
     interval,
     measure_auc,
     measure_delta,
@@ -52,28 +52,28 @@ def hand_rates(words, chosen):
 
 
 def hand_yardstick(book):
-    """Return the 150 commonest words that vary, with mean and standard deviation over stretches of 500 words."""
+    """Return the 150 commonest words that vary, with mean and standard deviation over windows of 500 words."""
     words = hand_words(book)
     totals = Counter(words)
     frequent = sorted(totals, key=lambda word: (-totals[word], word))[:150]
-    stretches = [Counter(words[start : start + 500]) for start in range(0, len(words) - 499, 500)]
+    windows = [Counter(words[start : start + 500]) for start in range(0, len(words) - 499, 500)]
     chosen, spread = [], []
     for word in frequent:
-        counts = [stretch[word] for stretch in stretches]
+        counts = [window[word] for window in windows]
         if len(set(counts)) > 1:
             chosen.append(word)
             spread.append(statistics.stdev(count / 500 for count in counts))
     return chosen, hand_rates(words, chosen), spread
 
 
-def hand_delta(words, yardstick):
-    chosen, rates, spread = yardstick
+def hand_delta(words, profile):
+    chosen, rates, spread = profile
     own = hand_rates(words, chosen)
     return sum(abs(a - b) / s for a, b, s in zip(own, rates, spread, strict=True)) / len(chosen)
 
 
-def hand_cosine_delta(words, yardstick, control):
-    chosen, rates, spread = yardstick
+def hand_cosine_delta(words, profile, control):
+    chosen, rates, spread = profile
     origin = hand_rates(control, chosen)
     text = [(a - o) / s for a, o, s in zip(hand_rates(words, chosen), origin, spread, strict=True)]
     book = [(b - o) / s for b, o, s in zip(rates, origin, spread, strict=True)]
@@ -96,22 +96,22 @@ def test_delta_equals_a_hand_calculation(text):
     texts = cut(text, 100)
     texts = [" ".join(texts[:4]), *texts[4:]]  # the texts count by their words, not each alike
     words = [word for part in texts for word in hand_words(part)]
-    found = measure_delta(split_all(texts), build_yardstick(BOOK, CONTROL), 10**6, seed=0)
-    yardstick = hand_yardstick(BOOK)
-    assert found["delta"]["value"] == pytest.approx(hand_delta(words, yardstick), abs=1e-6)
-    expected = hand_cosine_delta(words, yardstick, hand_words(CONTROL))
+    found = measure_delta(split_all(texts), build_word_profile(BOOK, CONTROL), 10**6, seed=0)
+    profile = hand_yardstick(BOOK)
+    assert found["delta"]["value"] == pytest.approx(hand_delta(words, profile), abs=1e-6)
+    expected = hand_cosine_delta(words, profile, hand_words(CONTROL))
     assert found["cosine_delta"]["value"] == pytest.approx(expected, abs=1e-6)
     for figures in found.values():
         assert 0 <= figures["low"] < figures["value"] < figures["high"]
 
 
 def test_yardstick_equals_a_hand_calculation():
-    """Words as frequent as others that stand equally often in every stretch say nothing and are left out."""
+    """Words as frequent as others that stand equally often in every window say nothing and are left out."""
     words = BOOK.lower().replace(".", "").split()[:2_000]
-    words[::25] = ["steady"] * 80  # 20 in each of four stretches
-    words += ["ending"] * 400  # after the last whole stretch: it counts for the rates, not for the spread
+    words[::25] = ["steady"] * 80  # 20 in each of four windows
+    words += ["ending"] * 400  # after the last whole window: it counts for the rates, not for the spread
     book = " ".join(words)
-    found, (chosen, rates, spread) = build_yardstick(book, CONTROL), hand_yardstick(book)
+    found, (chosen, rates, spread) = build_word_profile(book, CONTROL), hand_yardstick(book)
     assert {"steady", "ending"} < {word for word, _ in Counter(words).most_common(10)}
     assert not {"steady", "ending"} & set(found.words)
     assert found.words == chosen
@@ -126,9 +126,9 @@ def test_words_without_variation_are_left_out_whatever_the_rounding(n_stretches,
     words = hand_words(BOOK)[: 500 * n_stretches]
     for start in range(0, len(words), 500):
         words[start : start + times] = ["steady"] * times
-    yardstick = build_yardstick(" ".join(words))
-    assert "steady" not in yardstick.words
-    assert yardstick.spread.min() > 1e-9
+    profile = build_word_profile(" ".join(words))
+    assert "steady" not in profile.words
+    assert profile.spread.min() > 1e-9
 
 
 def test_ties_do_not_depend_on_the_order_of_the_words():
@@ -137,43 +137,43 @@ def test_ties_do_not_depend_on_the_order_of_the_words():
     dice, chosen = random.Random(0), set()
     for _ in range(3):
         dice.shuffle(words)
-        yardstick = build_yardstick(" ".join(words))
-        assert yardstick.words == hand_yardstick(" ".join(words))[0]
-        chosen.update(yardstick.words)
+        profile = build_word_profile(" ".join(words))
+        assert profile.words == hand_yardstick(" ".join(words))[0]
+        chosen.update(profile.words)
     assert len(chosen) <= 150
 
 
 def test_without_general_text_there_is_no_cosine_delta():
     for control in (None, "", "12 - 3."):
-        yardstick = build_yardstick(BOOK, control)
-        assert yardstick.origin is None
-        assert list(measure_delta(split_all(cut(OTHER, 100)), yardstick, 10**6, 0)) == ["delta"]
+        profile = build_word_profile(BOOK, control)
+        assert profile.origin is None
+        assert list(measure_delta(split_all(cut(OTHER, 100)), profile, 10**6, 0)) == ["delta"]
 
 
 def test_the_author_is_nearer_than_another():
-    yardstick = build_yardstick(BOOK, CONTROL)
+    profile = build_word_profile(BOOK, CONTROL)
     part, author, other = (
-        measure_delta(split_all(cut(text, 100)), yardstick, 1_500, 0)
+        measure_delta(split_all(cut(text, 100)), profile, 1_500, 0)
         for text in (" ".join(BOOK.split()[:1_500]), write(1_500, "book", 4), OTHER)
     )
     for name in ("delta", "cosine_delta"):
         assert max(part[name]["high"], author[name]["high"]) < other[name]["low"]
-    copy = measure_delta([split_words(BOOK)], yardstick, 10**6, 0)
+    copy = measure_delta([split_words(BOOK)], profile, 10**6, 0)
     assert [copy[name]["value"] for name in ("delta", "cosine_delta")] == pytest.approx([0, 0], abs=1e-9)
-    parts = measure_delta(split_all(cut(BOOK, 900)), yardstick, 10**6, 0)
+    parts = measure_delta(split_all(cut(BOOK, 900)), profile, 10**6, 0)
     assert parts["delta"]["low"] == 0 < parts["delta"]["high"]  # there is no distance below 0
 
 
 def test_delta_of_selections_is_their_mean():
     """Three of six texts are compared at a time, so the value is near the mean of all 20 selections."""
-    texts, yardstick = cut(OTHER, 250), hand_yardstick(BOOK)
+    texts, profile = cut(OTHER, 250), hand_yardstick(BOOK)
     control = hand_words(CONTROL)
     words = [[hand_words(text) for text in some] for some in itertools.combinations(texts, 3)]
     selections = [list(itertools.chain(*some)) for some in words]
-    found = measure_delta(split_all(texts), build_yardstick(BOOK, CONTROL), 760, seed=5)
+    found = measure_delta(split_all(texts), build_word_profile(BOOK, CONTROL), 760, seed=5)
     for name, values in (
-        ("delta", [hand_delta(selection, yardstick) for selection in selections]),
-        ("cosine_delta", [hand_cosine_delta(selection, yardstick, control) for selection in selections]),
+        ("delta", [hand_delta(selection, profile) for selection in selections]),
+        ("cosine_delta", [hand_cosine_delta(selection, profile, control) for selection in selections]),
     ):
         error = statistics.stdev(values) / math.sqrt(stylometry.SELECTIONS)
         assert min(values) < found[name]["value"] < max(values)
@@ -181,23 +181,23 @@ def test_delta_of_selections_is_their_mean():
 
 
 def test_delta_of_drawn_selections_equals_a_loop():
-    texts, yardstick = cut(OTHER, 250), hand_yardstick(BOOK)
+    texts, profile = cut(OTHER, 250), hand_yardstick(BOOK)
     order = np.random.default_rng(5).random((stylometry.SELECTIONS, len(texts))).argsort(axis=1)
     values = []
     for row in order.tolist():
         selection = [hand_words(text) for text, rank in zip(texts, row, strict=True) if rank < 2]
-        values.append(hand_delta([word for words in selection for word in words], yardstick))
-    found = measure_delta(split_all(texts), build_yardstick(BOOK), 500, seed=5)
+        values.append(hand_delta([word for words in selection for word in words], profile))
+    found = measure_delta(split_all(texts), build_word_profile(BOOK), 500, seed=5)
     assert len(set(values)) == 15
     assert found["delta"]["value"] == pytest.approx(statistics.mean(values), abs=1e-6)
 
 
 def test_delta_is_compared_between_equal_amounts():
     """Delta falls as a text grows; ten times the texts at the same n_words have the same Delta."""
-    yardstick = build_yardstick(BOOK, CONTROL)
+    profile = build_word_profile(BOOK, CONTROL)
     few, many = (split_all(cut(write(n, "book", 7), 100)) for n in (1_000, 10_000))
     small, same, large = (
-        measure_delta(texts, yardstick, n_words, 0)["delta"]["value"]
+        measure_delta(texts, profile, n_words, 0)["delta"]["value"]
         for texts, n_words in ((few, 1_000), (many, 1_000), (many, 10_000))
     )
     assert same == pytest.approx(small, rel=0.15)
@@ -276,11 +276,11 @@ def test_auc_of_the_same_source_and_of_another():
 
 
 def test_intervals_contain_the_value_and_shrink_with_more_text():
-    yardstick, widths = build_yardstick(BOOK, CONTROL), []
+    profile, widths = build_word_profile(BOOK, CONTROL), []
     for n_texts in (10, 40):
         texts = cut(write(40 * n_texts, "other", 2), 40)
         auc = measure_auc(cut(write(40 * n_texts, "book", 1), 40), texts, n_texts, 0)
-        found = {"auc": auc} | measure_delta(split_all(texts), yardstick, 10**6, 0)
+        found = {"auc": auc} | measure_delta(split_all(texts), profile, 10**6, 0)
         for figures in found.values():
             assert figures["low"] < figures["value"] < figures["high"]
         widths.append([figures["high"] - figures["low"] for figures in found.values()])
@@ -345,7 +345,7 @@ def test_the_table_equals_a_hand_calculation():
     texts = cut(OTHER, 100)
     words = [word for text in texts for word in hand_words(text)]
     columns = {"book": hand_words(BOOK), "control": hand_words(CONTROL), "base": words}
-    table = tabulate_words(build_yardstick(BOOK, CONTROL), {"base": split_all(texts)})
+    table = tabulate_words(build_word_profile(BOOK, CONTROL), {"base": split_all(texts)})
     assert [row["word"] for row in table] == sorted(chosen, key=lambda word: -differs[word])[:15]
     for row in table:
         assert list(row) == ["word", "book", "control", "base"]
@@ -354,9 +354,9 @@ def test_the_table_equals_a_hand_calculation():
 
 
 def test_samples_have_no_say_in_what_the_table_shows():
-    yardstick = build_yardstick(BOOK, CONTROL)
+    profile = build_word_profile(BOOK, CONTROL)
     first, second = (
-        tabulate_words(yardstick, {"base": split_all(base), "finetuned": split_all(tuned)})
+        tabulate_words(profile, {"base": split_all(base), "finetuned": split_all(tuned)})
         for base, tuned in ((cut(OTHER, 100), cut(CONTROL, 100)), (["Ba ba! Mimimi ba."], cut(BOOK, 250)))
     )
     chosen = [[(row["word"], row["book"], row["control"]) for row in table] for table in (first, second)]
@@ -366,7 +366,7 @@ def test_samples_have_no_say_in_what_the_table_shows():
 
 
 def test_the_table_without_general_text():
-    table = tabulate_words(build_yardstick(BOOK), {"base": [["ba"]]})
+    table = tabulate_words(build_word_profile(BOOK), {"base": [["ba"]]})
     chosen, rates, spread = hand_yardstick(BOOK)
     steadiest = sorted(range(len(chosen)), key=lambda i: -rates[i] / spread[i])[:15]
     assert [row["word"] for row in table] == [chosen[i] for i in steadiest]

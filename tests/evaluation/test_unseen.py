@@ -12,7 +12,7 @@ from utils.errors import UserError
 from utils.evaluation.unseen import SEEN, count_seen, write_seen
 from utils.storage import read_json
 
-QUICK = ["--num-openings", 2, "--max-new-tokens", 8, "--no-measure"]
+QUICK = ["--num-validation-prompts", 2, "--max-new-tokens", 8, "--no-measure"]
 
 
 def test_runs_are_known_again_wherever_they_stand(tmp_path):

@@ -50,7 +50,7 @@ def test_no_connection_is_tried(cached_gpt2, refused_network, script, book, tiny
     for name, *flags in [
         ("prepare_data", "--input-path", book, "--block-size", 32, "--output-dir", data, "--model-name", model),
         ("finetune_generative", "--data-dir", data, "--output-dir", out, "--max-steps", 2, "--copy-samples", 2),
-        ("generate_text", "--finetuned-model", out, "--max-new-tokens", 4, "--num-openings", 0,
+        ("generate_text", "--finetuned-model", out, "--max-new-tokens", 4, "--num-validation-prompts", 0,
          "--control-path", book),
     ]:  # fmt: skip
         ended = script(name, *flags)

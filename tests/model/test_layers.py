@@ -21,7 +21,7 @@ def pair():
                         resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)  # fmt: skip
     plain = GPT2LMHeadModel(config).train()
     fast = copy.deepcopy(plain)
-    layers.speed_up(fast, CPU)
+    layers.use_fast_layers(fast, CPU)
     return plain, fast
 
 
@@ -56,17 +56,17 @@ def test_weights_config_and_mode_stay(pair):
     assert plain.state_dict().keys() == fast.state_dict().keys()
     assert plain.config.to_dict() == fast.config.to_dict()
     asleep = copy.deepcopy(plain).eval()
-    layers.speed_up(asleep, CPU)
+    layers.use_fast_layers(asleep, CPU)
     assert not any(module.training for module in asleep.modules())
     replaced = {type(module) for module in fast.modules()}
-    assert {torch.nn.GELU, layers.CheapDropout} <= replaced
+    assert {torch.nn.GELU, layers.FastDropout} <= replaced
 
 
 def test_a_gpu_and_a_compiled_model_keep_their_dropout(pair):
     for device, compiled in ((torch.device("cuda"), False), (CPU, True)):
         model = copy.deepcopy(pair[0])
-        layers.speed_up(model, device, compiled)
-        assert not any(isinstance(module, layers.CheapDropout) for module in model.modules())
+        layers.use_fast_layers(model, device, compiled)
+        assert not any(isinstance(module, layers.FastDropout) for module in model.modules())
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
@@ -85,7 +85,7 @@ def test_dropout_drops_at_its_rate_and_keeps_the_mean(rate):
 
 
 def test_dropout_follows_the_seed_and_sleeps_in_evaluation():
-    layer, values = layers.CheapDropout(0.3), torch.randn(50, 7)
+    layer, values = layers.FastDropout(0.3), torch.randn(50, 7)
     torch.manual_seed(5)
     first = layer(values)
     assert not torch.equal(first, layer(values))
@@ -123,7 +123,7 @@ def test_attention_with_a_mask_or_without_dropout_is_left_to_sdpa(monkeypatch):
 
 def test_a_model_in_training_attends_with_our_dropout(pair, monkeypatch):
     model = copy.deepcopy(pair[0])
-    layers.speed_up(model, CPU)
+    layers.use_fast_layers(model, CPU)
     for block in model.transformer.h:
         block.attn.attn_dropout.p = block.attn.config.attn_pdrop = 0.5
     rates = []

@@ -221,7 +221,7 @@ def test_settings_are_compared_by_name(tmp_path):
     config = tmp_path / "run_config.json"
     write_json(config, {"settings": {"seed": 1, "lr_schedule": "linear", "data_sha256": "a" * 64}})
     same = {"seed": 1, "lr_schedule": "linear"}
-    checkpoint.compare_settings(config, same)
+    checkpoint.refuse_other_settings(config, same)
     advice = "; use the same, another --output-dir, or --overwrite"
     for changed, says in [
         ({"seed": 2}, "resume: --seed 2 but the run has 1"),
@@ -231,21 +231,21 @@ def test_settings_are_compared_by_name(tmp_path):
         ({"base_sha256": "b" * 64}, "resume: base model differs from the run's (sha256 bbbbbbbb not None)"),
     ]:
         with pytest.raises(UserError) as raised:
-            checkpoint.compare_settings(config, same | changed)
+            checkpoint.refuse_other_settings(config, same | changed)
         assert str(raised.value) == says + advice
     write_json(config, {"settings": [1]})
     with pytest.raises(UserError, match="--seed 1 but the run has None"):
-        checkpoint.compare_settings(config, same)
+        checkpoint.refuse_other_settings(config, same)
 
 
 def test_another_machine_is_noted_once(capsys):
     state, plan = TrainState(), SimpleNamespace(device=torch.device("cpu"), micro_batch_size=4, layers="fast")
-    checkpoint.note_machine(state, plan)
+    checkpoint.record_machine(state, plan)
     assert capsys.readouterr().err == ""
     assert state.machine == checkpoint.describe_machine(plan)
     assert state.machine.keys() == {"threads", "torch", "device", "processor", "micro_batch_size", "layers"}
     state.machine |= {"threads": 77, "torch": "0.1"}
-    checkpoint.note_machine(state, plan)
+    checkpoint.record_machine(state, plan)
     says = f"threads {torch.get_num_threads()}, was 77; torch {torch.__version__}, was 0.1"
     assert capsys.readouterr().err == f"warning: not bit-identical from here: {says}\n"
     assert state.machine["torch"] == torch.__version__

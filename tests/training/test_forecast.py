@@ -15,11 +15,11 @@ from forked import digest_files
 from utils.data.blocks import open_blocks
 from utils.errors import UserError
 from utils.model.hub import locate_model
-from utils.model.layers import speed_up
+from utils.model.layers import use_fast_layers
 from utils.model.loading import load_pair
 from utils.training import checkpoint, forecast
 from utils.training.optim import build_optimizer
-from utils.training.setup import Plan
+from utils.training.setup import TrainingSetup
 
 CPU = torch.device("cpu")
 FLAGS = ["--max-steps", 6, "--batch-size", 6, "--learning-rate", "1e-3", "--dtype", "fp32", "--copy-samples", 2,
@@ -62,9 +62,9 @@ def case(prepared, tiny_model):
                            keep_checkpoints=2)  # fmt: skip
     data = open_blocks(prepared)
     model, _ = load_pair(locate_model(str(tiny_model)))
-    plan = Plan(args, data, CPU)
+    plan = TrainingSetup(args, data, CPU)
     plan.probe = SimpleNamespace(prompts=[[1, 2]], new_tokens=5, eos_token_id=0)
-    speed_up(model.train(), CPU)
+    use_fast_layers(model.train(), CPU)
     return SimpleNamespace(args=args, data=data, model=model, plan=plan, state=checkpoint.TrainState())
 
 
@@ -72,12 +72,12 @@ def pick(case):
     return forecast.pick_micro_batch(case.args, case.plan, case.model, case.data, case.state)
 
 
-def calibrate(case, step=0):
+def forecast_run(case, step=0):
     import finetune_generative
 
     optimizer = build_optimizer(case.model, 1e-3, 0.01, (0.9, 0.999), 1e-8)
-    found = forecast.calibrate(
-        case.args, case.plan, case.model, optimizer, case.data, step, finetune_generative.backward
+    found = forecast.forecast_run(
+        case.args, case.plan, case.model, optimizer, case.data, step, finetune_generative.forward_backward
     )
     return found, optimizer
 
@@ -88,7 +88,7 @@ def test_calibrating_leaves_no_trace(case):
     expected = torch.rand(3)
     torch.manual_seed(9)
     pick(case)
-    _, optimizer = calibrate(case)
+    _, optimizer = forecast_run(case)
     assert torch.equal(torch.rand(3), expected)
     assert all(torch.equal(value, before[name]) for name, value in case.model.state_dict().items())
     assert not optimizer.state
@@ -99,7 +99,7 @@ def test_calibrating_leaves_no_trace(case):
 def test_a_gradient_that_is_not_finite_is_left_to_the_loop(case):
     with torch.no_grad():
         case.model.transformer.wte.weight[:] = math.nan
-    _, optimizer = calibrate(case)
+    _, optimizer = forecast_run(case)
     assert not optimizer.state
     assert case.model.transformer.h[0].ln_1.weight.isfinite().all()
 
@@ -178,8 +178,8 @@ def test_dry_run_writes_nothing(finetune, tmp_path):
 
 
 def test_length_and_disk_of_the_rest_of_a_run(case):
-    all_of_it, _ = calibrate(case)
-    rest, _ = calibrate(case, step=40)
+    all_of_it, _ = forecast_run(case)
+    rest, _ = forecast_run(case, step=40)
     assert (all_of_it.steps, rest.steps) == (50, 10)
     n_blocks = len(case.data.train)
     assert all_of_it.epochs == pytest.approx(50 / math.ceil(n_blocks / 8), rel=0.05)
@@ -190,14 +190,14 @@ def test_length_and_disk_of_the_rest_of_a_run(case):
 
 
 def test_slow_saving_is_done_more_rarely_unless_asked_for(case, monkeypatch):
-    calibrate(case)
+    forecast_run(case)
     assert case.plan.save_every == 5
     monkeypatch.setattr(forecast, "SAVED_BYTES_PER_SECOND", 1e6)  # ten seconds a checkpoint
-    calibrate(case)
+    forecast_run(case)
     assert case.plan.save_every > 5
     assert case.plan.save_every % 5 == 0
     case.args.save_every = case.plan.save_every = 2
-    calibrate(case)
+    forecast_run(case)
     assert case.plan.save_every == 2
 
 

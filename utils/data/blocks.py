@@ -87,29 +87,31 @@ class Blocks:
         return pc.list_flatten(getattr(self, split).data.table.column("input_ids")).to_numpy()
 
     def spans(self, split: str) -> list[tuple[int, int, dict]]:
-        """Return where the passages of a split begin and end in ids(split), with what the manifest says of each."""
+        """Return where the segments of a split begin and end in ids(split), with what the manifest says of each."""
         end = len(getattr(self, split)) * self.block_size
         spans = [span for span in self.manifest["spans"] if span["split"] == split]
         return [(span["tokens"][0], min(span["tokens"][1], end), span) for span in spans]
 
-    def passages(self, split: str) -> list[np.ndarray]:
-        """Return the token ids of each passage of a split."""
+    def segments(self, split: str) -> list[np.ndarray]:
+        """Return the token ids of each segment of a split."""
         ids = self.ids(split)
         return [ids[start:end] for start, end, _ in self.spans(split)]
 
-    def stretches(self, split: str, length: int, count: int) -> list[np.ndarray]:
-        """Return up to `count` stretches of `length` tokens, spread over the passages; none overlap."""
+    def windows(self, split: str, length: int, count: int) -> list[np.ndarray]:
+        """Return up to `count` windows of `length` tokens, spread over the segments; none overlap."""
         ids = self.ids(split)
         starts = [start for a, b, _ in self.spans(split) for start in range(a, b - length + 1, length)]
         return [ids[start : start + length] for start in pick_evenly(starts, count)]
 
-    def openings(self, tokenizer, count: int, prompt_tokens: int, next_tokens: int) -> list[tuple[list, list]]:
+    def validation_prompts(
+        self, tokenizer, count: int, prompt_tokens: int, next_tokens: int
+    ) -> list[tuple[list, list]]:
         """Return beginnings of validation paragraphs and what the author wrote next.
 
         Args:
             tokenizer: tells where lines end.
             count: how many, spread over the places with enough text after them. Where paragraphs are too few,
-                lines begin an opening, then sentences, then any token.
+                lines begin a validation prompt, then sentences, then any token.
             prompt_tokens, next_tokens: tokens of each.
         Returns:
             (prompt ids, next ids) pairs.
@@ -140,10 +142,10 @@ class Blocks:
         Args:
             position: of its first token in ids("train").
             length: tokens.
-            tokenizer: turns them into text, and tells how many characters stand before them in their passage.
+            tokenizer: turns them into text, and tells how many characters stand before them in their segment.
         Returns:
             tokens (length), book (file name), char (from 0), share (of the book, 0 to 1), text, and the words of the
-            passage before and after.
+            segment before and after.
         """
         start, end, span = [entry for entry in self.spans("train") if entry[0] <= position][-1]
         book, ids = self.manifest["books"][span["book"]], self.ids("train")
@@ -243,20 +245,20 @@ class BatchOrder:
 
     def __init__(self, n_blocks: int, batch_size: int, grad_accum_steps: int, seed: int) -> None:
         self.n_blocks, self.batch_size, self.seed = n_blocks, batch_size, seed
-        self.per_update = batch_size * grad_accum_steps
-        self.steps_per_epoch = -(-n_blocks // self.per_update)
+        self.blocks_per_step = batch_size * grad_accum_steps
+        self.steps_per_epoch = -(-n_blocks // self.blocks_per_step)
         self._shuffled = functools.lru_cache(maxsize=2)(self._shuffle)
 
-    def update(self, step: int) -> list[list[int]]:
+    def step_batches(self, step: int) -> list[list[int]]:
         """Return the micro-batches of one update, as lists of block numbers."""
         epoch, place = divmod(step, self.steps_per_epoch)
-        order = self._shuffled(epoch)[place * self.per_update : (place + 1) * self.per_update]
+        order = self._shuffled(epoch)[place * self.blocks_per_step : (place + 1) * self.blocks_per_step]
         return [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
 
     def batches(self, first_step: int, max_steps: int) -> Iterator[list[int]]:
         """Yield the micro-batches of the updates from first_step up to, not including, max_steps."""
         for step in range(first_step, max_steps):
-            yield from self.update(step)
+            yield from self.step_batches(step)
 
     def _shuffle(self, epoch: int) -> list[int]:
         return np.random.default_rng([self.seed, epoch]).permutation(self.n_blocks).tolist()

@@ -1,4 +1,4 @@
-"""Read a book, and choose the passages of it that are kept aside for validation.
+"""Read a book, and choose the segments of it that are kept aside for validation.
 
 Owns characters. Tokens begin in utils/data/blocks.py.
 """
@@ -27,7 +27,7 @@ SIGNATURES = [
     (b"\xff\xfe", "looks like UTF-16; convert it: iconv -f UTF-16 -t UTF-8"),
     (b"\xfe\xff", "looks like UTF-16; convert it: iconv -f UTF-16 -t UTF-8"),
 ]
-# Where a passage may begin: after a blank line; if a book has too few, after a line, a sentence, a word.
+# Where a segment may begin: after a blank line; if a book has too few, after a line, a sentence, a word.
 CUT_PATTERNS = [r"\n(?:[ \t]*\n)+", r"\n+", r"[.!?]['\")\]]*\s+", r"\s+", r""]
 
 
@@ -43,7 +43,7 @@ class Book:
 
 
 @dataclass(frozen=True)
-class Passage:
+class Segment:
     """Characters start to end of a book, in the split 'train' or 'validation'."""
 
     split: str
@@ -158,12 +158,12 @@ def _explain_decoding(raw: bytes, name: str, error: UnicodeDecodeError, encoding
     )
 
 
-def plan_validation(n_chars: int, val_split: float, seed: int) -> list[tuple[int, int]]:
-    """Choose where validation passages should lie, before any text is seen.
+def choose_validation_spans(n_chars: int, val_split: float, seed: int) -> list[tuple[int, int]]:
+    """Choose where validation segments should lie, before any text is seen.
 
-    The text is divided into equal parts and one passage is taken from each at a random place, so
+    The text is divided into equal parts and one segment is taken from each at a random place, so
     that together they stand for the whole book and not for its last chapter. Their number grows
-    with the square root of their size: more places, and longer passages.
+    with the square root of their size: more places, and longer segments.
 
     Args:
         n_chars: characters of all books together.
@@ -184,7 +184,7 @@ def plan_validation(n_chars: int, val_split: float, seed: int) -> list[tuple[int
 
 
 def find_cuts(text: str, needed: int) -> list[int]:
-    """List the offsets where a passage may begin or end, always with 0 and the text's length.
+    """List the offsets where a segment may begin or end, always with 0 and the text's length.
 
     Args:
         text: the whole book.
@@ -198,19 +198,19 @@ def find_cuts(text: str, needed: int) -> list[int]:
     return cuts
 
 
-def split_book(text: str, book_index: int, offset: int, intervals: list[tuple[int, int]]) -> Iterator[Passage]:
-    """Cut a book into passages that alternate between training and validation.
+def split_book(text: str, book_index: int, offset: int, intervals: list[tuple[int, int]]) -> Iterator[Segment]:
+    """Cut a book into segments that alternate between training and validation.
 
     Args:
         text: the whole book.
-        book_index: its number, kept in the passages.
+        book_index: its number, kept in the segments.
         offset: where it begins, in characters over all books.
-        intervals: what plan_validation gave.
+        intervals: what choose_validation_spans gave.
     Yields:
         Passages that together are the text, each character once.
     """
     mine = [(a - offset, b - offset) for a, b in intervals if a < offset + len(text) and b > offset]
-    # 40 cuts a passage keep the snapped size within a few percent of the one asked for.
+    # 40 cuts a segment keep the snapped size within a few percent of the one asked for.
     cuts = find_cuts(text, 40 * len(mine)) if mine else []
     position, pieces = 0, []
     for wanted_start, wanted_end in mine:
@@ -222,7 +222,7 @@ def split_book(text: str, book_index: int, offset: int, intervals: list[tuple[in
     pieces.append(("train", position, len(text)))
     for split, start, end in pieces:
         if end > start:
-            yield Passage(split, book_index, start, end, end == len(text), text[start:end])
+            yield Segment(split, book_index, start, end, end == len(text), text[start:end])
 
 
 def _nearest(cuts: list[int], place: int) -> int:

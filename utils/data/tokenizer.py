@@ -1,4 +1,4 @@
-"""Tokenizers and tokens: load or learn a tokenizer, turn passages into ids.
+"""Tokenizers and tokens: load or learn a tokenizer, turn segments into ids.
 
 Owns everything between characters and ids. Blocks are utils/data/blocks.py's.
 """
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from utils.data.text import Passage
+from utils.data.text import Segment
 from utils.errors import UserError
 from utils.storage import read_json
 
@@ -116,7 +116,7 @@ def encode_text(tokenizer, pieces: list[str]) -> list[int]:
 def pieces_are_exact(tokenizer, text: str) -> bool:
     """Say whether this tokenizer may be given pieces: sentencepiece ones mark the start of a text.
 
-    Every possible cut is tried, in a line of our own too: the first passage of a book may be one word.
+    Every possible cut is tried, in a line of our own too: the first segment of a book may be one word.
     """
     sample = "One two.\n\n  Three\n" + text[: 8 * PIECE_CHARS]
     return encode_text(tokenizer, PIECE_CUT.split(sample)) == encode_text(tokenizer, [sample])
@@ -128,7 +128,7 @@ def token_dtype(vocab_size: int) -> np.dtype:
 
 
 class TokenWriter:
-    """Append passages' tokens to one raw file a split, and keep count.
+    """Append segments' tokens to one raw file a split, and keep count.
 
     Args:
         folder: where train.bin and validation.bin are written.
@@ -144,23 +144,23 @@ class TokenWriter:
         self.n_tokens = dict.fromkeys(SPLITS, 0)
         self.exact: bool | None = None
 
-    def write(self, passage: Passage) -> None:
-        """Tokenize a passage and append it to its split."""
+    def write(self, segment: Segment) -> None:
+        """Tokenize a segment and append it to its split."""
         if self.exact is None:
-            self.exact = pieces_are_exact(self.tokenizer, passage.text)
-        pieces = cut_pieces(passage.text) if self.exact else [passage.text]
-        start = self.n_tokens[passage.split]
+            self.exact = pieces_are_exact(self.tokenizer, segment.text)
+        pieces = cut_pieces(segment.text) if self.exact else [segment.text]
+        start = self.n_tokens[segment.split]
         for first in range(0, len(pieces), GROUP):
-            self._append(passage.split, encode_text(self.tokenizer, pieces[first : first + GROUP]))
+            self._append(segment.split, encode_text(self.tokenizer, pieces[first : first + GROUP]))
         self.spans.append({
-            "split": passage.split,
-            "book": passage.book_index,
-            "chars": [passage.start, passage.end],
-            "tokens": [start, self.n_tokens[passage.split]],
-            "bytes": len(passage.text.encode()),
+            "split": segment.split,
+            "book": segment.book_index,
+            "chars": [segment.start, segment.end],
+            "tokens": [start, self.n_tokens[segment.split]],
+            "bytes": len(segment.text.encode()),
         })  # fmt: skip
-        if passage.ends_book and passage.book_index < self.n_books - 1:
-            self._append(passage.split, [self.tokenizer.eos_token_id])
+        if segment.ends_book and segment.book_index < self.n_books - 1:
+            self._append(segment.split, [self.tokenizer.eos_token_id])
 
     def _append(self, split: str, ids: list[int]) -> None:
         if ids and max(ids) > np.iinfo(self.dtype).max:

@@ -28,12 +28,12 @@ from utils.storage import read_json, write_json, write_text
 from utils.training.metrics import read_metrics
 
 MODELS = ("base", "finetuned")
-STRETCHES = 200  # of training and of held-out text, as long as a sample, are compared with the samples
+N_WINDOWS = 200  # of training and of held-out text, as long as a sample, are compared with the samples
 MIN_TEXTS = 10  # a classifier needs of each kind
-BOOK_TOKENS = 2_000_000  # of a larger training text, stretches of so many tokens in all show its words
+BOOK_TOKENS = 2_000_000  # of a larger training text, windows of so many tokens in all show its words
 MIN_BLOCKS = 5
 EXTRACTIONS = 50
-SHOWN_RUN = ngrams.RUN_LENGTHS[0]  # tokens: the shortest copied run that the page marks
+SHOWN_NGRAM = ngrams.NGRAM_LENGTHS[0]  # tokens: the shortest copied run that the page marks
 SHOWN_PROMPTS, SHOWN_SAMPLES, CURVE_POINTS = 24, 3, 300
 QUESTIONS = 10
 
@@ -66,7 +66,7 @@ def score_models(models: dict, tokenizer, data, control: str, args, autocast, mi
             part["scores"][text][name] = summarize_loss(sum(nats[name]), n_targets, bytes_per_token)
         if len(rows) >= MIN_BLOCKS:
             scored[text] = nats
-    for text, what in (("book", "held-out passages of the book"), ("control", "general text")):
+    for text, what in (("book", "held-out segments of the book"), ("control", "general text")):
         if text not in scored:
             missing.append(f"the gain on {what}: there are {len(blocks.get(text, [[]])[0])} blocks of it, "
                            f"{MIN_BLOCKS} are needed")  # fmt: skip
@@ -83,7 +83,7 @@ def extract(models: dict, tokenizer, data, limit: int, batch_size: int, autocast
     length, result = min(2 * PREFIX_TOKENS, data.block_size // 2 * 2, limit // 2 * 2), {}
     for name, model in models.items():
         result[name] = {}
-        for split, blocks in (("train", data.train), ("heldout", data.validation)):
+        for split, blocks in (("train", data.train), ("reference", data.validation)):
             # Beginnings of blocks: a model that learned by heart saw these tokens at these very positions.
             rows = blocks[pick_evenly(range(len(blocks)), EXTRACTIONS)]["input_ids"][:, :length].tolist()
             result[name][split] = measure_extraction(model, tokenizer.eos_token_id, rows, batch_size, autocast)
@@ -98,20 +98,20 @@ def compare_texts(samples: list[dict], data, tokenizer, control: str, args, miss
         data: the Blocks.
         tokenizer: turns the author's ids into text.
         control: general text, or "".
-        args: the flags max_new_tokens (what the author wrote is cut into stretches of as many) and seed.
+        args: the flags max_new_tokens (what the author wrote is cut into windows of as many) and seed.
         missing: receives sentences.
     """
     ids = {name: [np.array(s["generated_ids"], np.int64) for s in samples if s["model"] == name] for name in MODELS}
     texts = {name: [s["text"] for s in samples if s["model"] == name] for name in MODELS}
     sources, train = dict(ids), data.ids("train")
     if len(data.validation):
-        sources["heldout"] = data.passages("validation")
-        ids["heldout"] = data.stretches("validation", args.max_new_tokens, STRETCHES)
-        texts["heldout"] = [tokenizer.decode(row) for row in ids["heldout"]]
+        sources["reference"] = data.segments("validation")
+        ids["reference"] = data.windows("validation", args.max_new_tokens, N_WINDOWS)
+        texts["reference"] = [tokenizer.decode(row) for row in ids["reference"]]
     # The more text, the fewer new words in it: equal amounts are compared.
     fewest = min(len(rows) for rows in ids.values() if rows)
     part = {
-        "copy_rate": {name: ngrams.measure_copying(source, train) for name, source in sources.items()},
+        "copy_rate": {name: ngrams.ngram_overlap(source, train) for name, source in sources.items()},
         "longest_copy": {name: describe_longest(source, data, tokenizer) for name, source in sources.items()},
         "repetition": {
             name: ngrams.measure_repetition([row.tolist() for row in pick_evenly(rows, fewest)])
@@ -120,7 +120,7 @@ def compare_texts(samples: list[dict], data, tokenizer, control: str, args, miss
         "lengths": {name: stylometry.measure_lengths("\n".join(texts[name])) for name in texts},
     }
     is_book = len(train) <= BOOK_TOKENS
-    book = tokenizer.decode(train if is_book else np.concatenate(data.stretches("train", 1000, BOOK_TOKENS // 1000)))
+    book = tokenizer.decode(train if is_book else np.concatenate(data.windows("train", 1000, BOOK_TOKENS // 1000)))
     part["lengths"]["book"] = stylometry.measure_lengths(book)
     part["counts"] = {
         "texts": {name: len(rows) for name, rows in texts.items()},
@@ -133,22 +133,22 @@ def compare_texts(samples: list[dict], data, tokenizer, control: str, args, miss
 
 def compare_style(texts, book, data, tokenizer, control, args, n_words, missing) -> dict:
     """Measure Delta, AUC and the word table, if there is enough text for figures that mean something."""
-    floor = dict.fromkeys(texts, stylometry.MIN_WORDS) | {"book": 2 * stylometry.STRETCH_WORDS}
+    floor = dict.fromkeys(texts, stylometry.MIN_WORDS) | {"book": 2 * stylometry.WINDOW_WORDS}
     short = [f"{name} has {n_words[name]:,}" for name in floor if n_words[name] < floor[name]]
     if short:
         missing.append(f"Delta, AUC and the word table need about {stylometry.MIN_WORDS:,} words: {', '.join(short)}")
         return {}
-    yardstick, least = stylometry.build_yardstick(book, control), min(n_words[name] for name in texts)
+    profile, least = stylometry.build_word_profile(book, control), min(n_words[name] for name in texts)
     words = {name: [stylometry.split_words(text) for text in texts[name]] for name in texts}
-    stretches = tokenizer.batch_decode(data.stretches("train", args.max_new_tokens, STRETCHES))
-    measured = {name: stylometry.measure_delta(rows, yardstick, least, args.seed) for name, rows in words.items()}
-    if min(len(stretches), *map(len, texts.values())) < MIN_TEXTS:
+    windows = tokenizer.batch_decode(data.windows("train", args.max_new_tokens, N_WINDOWS))
+    measured = {name: stylometry.measure_delta(rows, profile, least, args.seed) for name, rows in words.items()}
+    if min(len(windows), *map(len, texts.values())) < MIN_TEXTS:
         missing.append(f"AUC needs {MIN_TEXTS} texts of each kind; give a smaller --max-new-tokens")
     else:
         fewest = min(map(len, texts.values()))
         for name, rows in texts.items():
-            measured[name]["auc"] = stylometry.measure_auc(stretches, rows, fewest, args.seed)
-    part = {"words": stylometry.tabulate_words(yardstick, words), "words_compared": least, "intervals": {}}
+            measured[name]["auc"] = stylometry.measure_auc(windows, rows, fewest, args.seed)
+    part = {"words": stylometry.tabulate_words(profile, words), "words_compared": least, "intervals": {}}
     for measure in measured["base"]:
         part[measure] = {name: figures[measure]["value"] for name, figures in measured.items()}
         part["intervals"][measure] = {
@@ -159,7 +159,7 @@ def compare_style(texts, book, data, tokenizer, control, args, n_words, missing)
 
 def describe_longest(texts: list[np.ndarray], data, tokenizer) -> dict:
     """Return the longest run shared with training: its tokens, its text, its place in the book."""
-    tokens, _, _, place = ngrams.find_longest(texts, data.ids("train"))
+    tokens, _, _, place = ngrams.longest_overlap(texts, data.ids("train"))
     return data.locate(place, tokens, tokenizer) if tokens else {"tokens": 0, "text": ""}
 
 
@@ -167,7 +167,7 @@ def lay_out(prompts: list[dict], samples: list[dict], data, tokenizer) -> dict:
     """Arrange the texts for people: by prompt in columns, what is copied marked with its place in the book.
 
     Returns:
-        texts: a list of prompt, is_opening and columns (base, finetuned, and heldout: what the author wrote), each
+        texts: a list of prompt, has_reference and columns (base, finetuned, and reference: what the author wrote), each
         a list of texts, each a list of pieces with text and place (a number in places, or None);
         places: what was copied from where, with the words around it.
     """
@@ -175,7 +175,7 @@ def lay_out(prompts: list[dict], samples: list[dict], data, tokenizer) -> dict:
 
     def cut(ids):
         ids, pieces, done = np.array(ids, np.int64), [], 0
-        for start, end, place in ngrams.trace_runs(ids, train, SHOWN_RUN) if data else []:
+        for start, end, place in ngrams.trace_spans(ids, train, SHOWN_NGRAM) if data else []:
             pieces.append({"text": tokenizer.decode(ids[done:start]), "place": None})
             number = places.setdefault((place, end - start), len(places))
             pieces.append({"text": tokenizer.decode(ids[max(start, done) : end]), "place": number})
@@ -189,8 +189,8 @@ def lay_out(prompts: list[dict], samples: list[dict], data, tokenizer) -> dict:
         }
         columns = {name: texts[:SHOWN_SAMPLES] for name, texts in columns.items()}
         if prompt["next_ids"]:
-            columns["heldout"] = [cut(prompt["next_ids"])]
-        rows.append({"prompt": prompt["prompt"], "is_opening": bool(prompt["next_ids"]), "columns": columns})
+            columns["reference"] = [cut(prompt["next_ids"])]
+        rows.append({"prompt": prompt["prompt"], "has_reference": bool(prompt["next_ids"]), "columns": columns})
     described = [data.locate(place, tokens, tokenizer) for place, tokens in places]
     return {"texts": rows, "places": described}
 
@@ -202,7 +202,7 @@ def make_quiz(samples: list[dict], data, tokenizer, seed: int) -> list[dict]:
     """
     draw = np.random.default_rng(seed)
     length = max((len(s["generated_ids"]) for s in samples), default=1)
-    real = tokenizer.batch_decode(data.stretches("validation", length, 3 * QUESTIONS)) if length > 1 else []
+    real = tokenizer.batch_decode(data.windows("validation", length, 3 * QUESTIONS)) if length > 1 else []
     made = [s["text"] for s in samples if s["model"] == "finetuned" and len(s["generated_ids"]) == length]
     kinds = draw.random(QUESTIONS) < 0.5
     if len(real) < QUESTIONS or len(made) < QUESTIONS:
@@ -232,8 +232,8 @@ def read_training(folder: Path, copy_rate: dict) -> dict:
     results, config = ((folder / name) for name in ("all_results.json", "run_config.json"))
     best = read_json(results).get("best_step") if results.is_file() else None
     limit = read_json(config).get("settings", {}).get("max_copy_rate") if config.is_file() else None
-    if limit is None and "heldout" in copy_rate:
-        limit = default_copy_rate(copy_rate["heldout"]["8"])
+    if limit is None and "reference" in copy_rate:
+        limit = default_copy_rate(copy_rate["reference"]["8"])
     return {"train": train[:: 1 + len(train) // CURVE_POINTS], "eval": evals, "best_step": best, "max_copy_rate": limit}
 
 

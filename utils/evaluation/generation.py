@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from utils.errors import UserError
-from utils.evaluation.ngrams import RunIndex
+from utils.evaluation.ngrams import NgramIndex
 from utils.model.hub import position_limit
 
 
@@ -75,7 +75,7 @@ class CopyGuard:
         eos_token_id: rows that end in it are finished.
     """
 
-    def __init__(self, index: RunIndex, eos_token_id: int) -> None:
+    def __init__(self, index: NgramIndex, eos_token_id: int) -> None:
         self.index, self.eos_token_id, self.acted = index, eos_token_id, 0
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:

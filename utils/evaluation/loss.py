@@ -5,12 +5,12 @@ import math
 import numpy as np
 import torch
 
-from utils.evaluation.ngrams import RUN_LENGTHS, measure_copying
+from utils.evaluation.ngrams import NGRAM_LENGTHS, ngram_overlap
 from utils.evaluation.stylometry import interval, resample
 from utils.model.hub import position_limit
 
 PREFIX_TOKENS = 32
-PROBE_TOKENS = 64  # an opening and its continuation, a quarter and three quarters
+PROBE_TOKENS = 64  # a validation prompt and its continuation, a quarter and three quarters
 # A book repeats its own phrases: so many times what its unseen pages share with training is still no copying.
 COPY_FACTOR, LEAST_COPY_RATE = 3, 0.01
 
@@ -151,11 +151,11 @@ def default_copy_rate(heldout_rate: float) -> float:
     return COPY_FACTOR * max(heldout_rate, LEAST_COPY_RATE)
 
 
-class CopyProbe:
-    """The same few openings continued with the same luck at every evaluation, to see copying grow.
+class CopyMonitor:
+    """The same few validation prompts continued with the same seeds at every evaluation, to see copying grow.
 
     Args:
-        args: the flags copy_samples (openings, 0 for no probe), max_copy_rate (None: default_copy_rate), seed.
+        args: the flags copy_samples (prompts, 0 for none), max_copy_rate (None: default_copy_rate), seed.
         data: Blocks; without validation text nothing is measured.
         model, tokenizer: of the training.
     """
@@ -166,10 +166,10 @@ class CopyProbe:
         self.new_tokens, self.limit = total - total // 4, math.inf
         if args.copy_samples and len(data.validation):
             self.train = data.ids("train")
-            pairs = data.openings(tokenizer, args.copy_samples, total // 4, self.new_tokens)
+            pairs = data.validation_prompts(tokenizer, args.copy_samples, total // 4, self.new_tokens)
             self.prompts = [prompt for prompt, _ in pairs]
-            heldout_rate = measure_copying(data.passages("validation"), self.train)
-            self.limit = args.max_copy_rate or default_copy_rate(heldout_rate[str(RUN_LENGTHS[0])])
+            heldout_rate = ngram_overlap(data.segments("validation"), self.train)
+            self.limit = args.max_copy_rate or default_copy_rate(heldout_rate[str(NGRAM_LENGTHS[0])])
 
     def measure(self, model, autocast) -> dict[str, float]:
         """Return eval/copy_rate, the share of sampled tokens in runs of training; {} without a probe."""
@@ -180,5 +180,5 @@ class CopyProbe:
         seeds = [(self.seed + number) % 2**32 for number in range(len(self.prompts))]
         decoding = Decoding(max_new_tokens=self.new_tokens)
         new = generate_ids(model, self.eos_token_id, self.prompts, seeds, decoding, autocast)
-        rate = measure_copying([np.array(ids, np.int64) for ids in new], self.train)[str(RUN_LENGTHS[0])]
+        rate = ngram_overlap([np.array(ids, np.int64) for ids in new], self.train)[str(NGRAM_LENGTHS[0])]
         return {} if rate is None else {"eval/copy_rate": rate}

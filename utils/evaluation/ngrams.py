@@ -9,14 +9,14 @@ from typing import Any
 
 import numpy as np
 
-RUN_LENGTHS = (8, 16, 32)
+NGRAM_LENGTHS = (8, 16, 32)
 OVERLAP_TOKENS = 32  # a run of so many tokens in training and validation is no coincidence
 NOT_FOUND = -1
 CHUNK = 1 << 20  # training tokens hashed at once: memory stays bounded, however large the corpus is
 FACTOR = 0xBF58476D1CE4E5B9
 
 
-def hash_runs(ids: np.ndarray, length: int) -> np.ndarray:
+def hash_ngrams(ids: np.ndarray, length: int) -> np.ndarray:
     """Hash every run of `length` tokens to 64 bits: a polynomial in FACTOR modulo 2^64.
 
     Args:
@@ -25,14 +25,14 @@ def hash_runs(ids: np.ndarray, length: int) -> np.ndarray:
     Returns:
         (N - length + 1,) uint64, or empty. Equal runs have equal hashes, wherever they stand.
     """
-    n_runs = len(ids) - length + 1
-    if n_runs < 1:
+    n_ngrams = len(ids) - length + 1
+    if n_ngrams < 1:
         return np.zeros(0, np.uint64)
     mixed = (np.asarray(ids).astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
     mixed ^= mixed >> np.uint64(29)
     # Sums of powers up to each token; the difference of two, divided by the power it begins with, is a run's.
     sums = np.concatenate([np.zeros(1, np.uint64), np.cumsum(mixed * _powers(FACTOR, len(mixed)))])
-    hashes = (sums[length:] - sums[:n_runs]) * _powers(pow(FACTOR, -1, 1 << 64), n_runs)
+    hashes = (sums[length:] - sums[:n_ngrams]) * _powers(pow(FACTOR, -1, 1 << 64), n_ngrams)
     return hashes ^ (hashes >> np.uint64(31))
 
 
@@ -42,7 +42,7 @@ def _powers(factor: int, count: int) -> np.ndarray:
     return np.multiply.accumulate(powers)
 
 
-def find_runs(texts: Iterable[np.ndarray], train: np.ndarray, length: int) -> list[np.ndarray]:
+def find_ngrams(texts: Iterable[np.ndarray], train: np.ndarray, length: int) -> list[np.ndarray]:
     """Look every run of the texts up in training.
 
     Args:
@@ -50,13 +50,13 @@ def find_runs(texts: Iterable[np.ndarray], train: np.ndarray, length: int) -> li
         train: (N,) token ids.
         length: tokens a run.
     Returns:
-        For each text (n_runs,) int64: the first place in train where the run stands, or NOT_FOUND.
+        For each text (n_ngrams,) int64: the first place in train where the run stands, or NOT_FOUND.
     """
-    hashed = [hash_runs(text, length) for text in texts]
+    hashed = [hash_ngrams(text, length) for text in texts]
     wanted, inverse = np.unique(np.concatenate([np.zeros(0, np.uint64), *hashed]), return_inverse=True)
     first = np.full(len(wanted), NOT_FOUND)
     for start in range(0, len(train) - length + 1 if len(wanted) else 0, CHUNK):
-        hashes = hash_runs(train[start : start + CHUNK + length - 1], length)
+        hashes = hash_ngrams(train[start : start + CHUNK + length - 1], length)
         place = np.minimum(np.searchsorted(wanted, hashes), len(wanted) - 1)
         hits = np.flatnonzero(wanted[place] == hashes)[::-1]  # the last one written is the first in the text
         found = np.full(len(wanted), NOT_FOUND)
@@ -66,14 +66,14 @@ def find_runs(texts: Iterable[np.ndarray], train: np.ndarray, length: int) -> li
     return np.split(first[inverse], ends[:-1]) if hashed else []
 
 
-def copied_tokens(texts: list[np.ndarray], train: np.ndarray, length: int) -> list[np.ndarray]:
+def mark_overlap(texts: list[np.ndarray], train: np.ndarray, length: int) -> list[np.ndarray]:
     """Mark the tokens that lie in a run of at least `length` tokens of training.
 
     Returns:
         For each text a bool array of its length.
     """
     masks = []
-    for text, places in zip(texts, find_runs(texts, train, length), strict=True):
+    for text, places in zip(texts, find_ngrams(texts, train, length), strict=True):
         borders = np.zeros(len(text) + 1, np.int64)
         starts = np.flatnonzero(places != NOT_FOUND)
         np.add.at(borders, starts, 1)
@@ -82,7 +82,7 @@ def copied_tokens(texts: list[np.ndarray], train: np.ndarray, length: int) -> li
     return masks
 
 
-def measure_copying(texts: list[np.ndarray], train: np.ndarray) -> dict[str, float | None]:
+def ngram_overlap(texts: list[np.ndarray], train: np.ndarray) -> dict[str, float | None]:
     """Return the share of tokens that lie in a verbatim run of training, by least length of the run.
 
     Returns:
@@ -90,13 +90,13 @@ def measure_copying(texts: list[np.ndarray], train: np.ndarray) -> dict[str, flo
     Source: equals a brute-force scan; tests/evaluation/test_ngrams.py.
     """
     total, rates = sum(map(len, texts)), {}
-    for length in RUN_LENGTHS:
-        copied = sum(int(mask.sum()) for mask in copied_tokens(texts, train, length))
+    for length in NGRAM_LENGTHS:
+        copied = sum(int(mask.sum()) for mask in mark_overlap(texts, train, length))
         rates[str(length)] = copied / total if total else None
     return rates
 
 
-def find_longest(texts: list[np.ndarray], train: np.ndarray) -> tuple[int, int, int, int]:
+def longest_overlap(texts: list[np.ndarray], train: np.ndarray) -> tuple[int, int, int, int]:
     """Find the longest run that a text shares with training.
 
     Returns:
@@ -105,7 +105,7 @@ def find_longest(texts: list[np.ndarray], train: np.ndarray) -> tuple[int, int, 
     best, low, high = (0, 0, 0, 0), 1, max(map(len, texts), default=0)
     while low <= high:  # every part of a run is one too, so halving finds the greatest length
         length = (low + high) // 2
-        hits = ((number, places) for number, places in enumerate(find_runs(texts, train, length)))
+        hits = ((number, places) for number, places in enumerate(find_ngrams(texts, train, length)))
         number, places = next(((n, p) for n, p in hits if (p != NOT_FOUND).any()), (0, None))
         if places is None:
             high = length - 1
@@ -115,7 +115,7 @@ def find_longest(texts: list[np.ndarray], train: np.ndarray) -> tuple[int, int, 
     return best
 
 
-def trace_runs(text: np.ndarray, train: np.ndarray, length: int) -> list[tuple[int, int, int]]:
+def trace_spans(text: np.ndarray, train: np.ndarray, length: int) -> list[tuple[int, int, int]]:
     """List the runs of at least `length` tokens that cover all that a text copies.
 
     Returns:
@@ -123,7 +123,7 @@ def trace_runs(text: np.ndarray, train: np.ndarray, length: int) -> list[tuple[i
         overlap: a text can go on from one place of the book to another.
     """
     runs, covered = [], 0
-    for start in np.flatnonzero((places := find_runs([text], train, length)[0]) != NOT_FOUND).tolist():
+    for start in np.flatnonzero((places := find_ngrams([text], train, length)[0]) != NOT_FOUND).tolist():
         place, end = int(places[start]), start + length
         while end < len(text) and place + end - start < len(train) and text[end] == train[place + end - start]:
             end += 1
@@ -133,7 +133,7 @@ def trace_runs(text: np.ndarray, train: np.ndarray, length: int) -> list[tuple[i
     return runs
 
 
-class RunIndex:
+class NgramIndex:
     """What follows each run of `length` training tokens.
 
     Args:
@@ -143,32 +143,32 @@ class RunIndex:
 
     def __init__(self, train: np.ndarray, length: int) -> None:
         self.train, self.length = train, length
-        hashes = hash_runs(train[:-1], length)  # the last run has nothing after it
+        hashes = hash_ngrams(train[:-1], length)  # the last run has nothing after it
         self.places = np.argsort(hashes, kind="stable")
         self.hashes = hashes[self.places]
 
     def following(self, run: np.ndarray) -> np.ndarray:
         """Return the tokens that come after a run of exactly `length` tokens somewhere in training."""
-        wanted = hash_runs(run, self.length)[0]
+        wanted = hash_ngrams(run, self.length)[0]
         low, high = np.searchsorted(self.hashes, wanted), np.searchsorted(self.hashes, wanted, side="right")
         return np.unique(self.train[self.places[low:high] + self.length])
 
 
-def measure_overlap(train: np.ndarray, validation: np.ndarray) -> dict[str, Any]:
+def measure_leakage(train: np.ndarray, validation: np.ndarray) -> dict[str, Any]:
     """Count the runs of validation that also stand in training, and how far training repeats itself.
 
     Args:
         train, validation: (N,) token ids.
     Returns:
-        validation_runs and leaked_runs (counts of runs of OVERLAP_TOKENS tokens), repeated_share (share of
+        validation_ngrams and leaked_ngrams (counts of runs of OVERLAP_TOKENS tokens), repeated_share (share of
         training runs that stood before; measured on a sample of run values in a large corpus).
     """
-    places = find_runs([validation], train, OVERLAP_TOKENS)[0]
-    seen = sample_runs(train, keep_one_in(len(train)))
+    places = find_ngrams([validation], train, OVERLAP_TOKENS)[0]
+    seen = sample_ngrams(train, keep_one_in(len(train)))
     repeated = np.count_nonzero(seen[1:] == seen[:-1]) / len(seen) if len(seen) else 0.0
     return {
-        "validation_runs": len(places),
-        "leaked_runs": int((places != NOT_FOUND).sum()),
+        "validation_ngrams": len(places),
+        "leaked_ngrams": int((places != NOT_FOUND).sum()),
         "repeated_share": round(repeated, 6),
     }
 
@@ -178,14 +178,14 @@ def keep_one_in(n_tokens: int) -> int:
     return 1 + n_tokens // (1 << 23)
 
 
-def sample_runs(ids: np.ndarray, one_in: int) -> np.ndarray:
+def sample_ngrams(ids: np.ndarray, one_in: int) -> np.ndarray:
     """Return the sorted hashes of the runs of OVERLAP_TOKENS tokens whose hash is a multiple of `one_in`.
 
     Chosen by the hash itself, all copies of a run are in the sample or none: shares stay unbiased.
     """
     kept = [np.zeros(0, np.uint64)]
     for start in range(0, len(ids) - OVERLAP_TOKENS + 1, CHUNK):
-        hashes = hash_runs(ids[start : start + CHUNK + OVERLAP_TOKENS - 1], OVERLAP_TOKENS)
+        hashes = hash_ngrams(ids[start : start + CHUNK + OVERLAP_TOKENS - 1], OVERLAP_TOKENS)
         kept.append(hashes[hashes % np.uint64(one_in) == 0])
     return np.sort(np.concatenate(kept))  # np.unique hashes: 60 times slower
 
@@ -206,10 +206,10 @@ def measure_repetition(texts: list[list[int]]) -> dict[str, float | None]:
         every = [gram for text in grams[n] for gram in text]
         return len(set(every)) / len(every) if every else None
 
-    n_runs = sum(map(len, grams[4]))
+    n_ngrams = sum(map(len, grams[4]))
     again = sum(len(text) - len(set(text)) for text in grams[4])
     return {
-        "repeated_4grams": again / n_runs if n_runs else None,
+        "repeated_4grams": again / n_ngrams if n_ngrams else None,
         "distinct_1": distinct(1),
         "distinct_2": distinct(2),
         "loops": sum(map(ends_in_loop, texts)) / len(texts) if texts else None,

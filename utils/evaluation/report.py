@@ -10,9 +10,9 @@ import textwrap
 from pathlib import Path
 
 FORGETS_A_LITTLE, FORGETS = 1, 20  # percent more bits for general text
-RECITES = 0.1  # of the training passages continued word for word
+RECITES = 0.1  # of the training segments continued word for word
 LOOPS = 0.1  # of the samples
-NAMES = {"base": "base model", "finetuned": "fine-tuned model", "heldout": "the author really wrote"}
+NAMES = {"base": "base model", "finetuned": "fine-tuned model", "reference": "the author really wrote"}
 PAGES = Path(__file__).parent / "pages"
 
 
@@ -30,9 +30,9 @@ def judge(report: dict) -> tuple[list[str], dict[str, bool | None]]:
     if "copy_rate" in report:
         sentences.append(_judge_copying(report, flags))
     if "extraction" in report:
-        train, held_out = (report["extraction"]["finetuned"][split] for split in ("train", "heldout"))
-        flags["recites"] = train["exact_match"] >= RECITES and train["exact_match"] > held_out["exact_match"]
-        case = (f"given the beginnings of {train['prefixes']} passages it was trained on, it goes on word for word, "
+        train, validation = (report["extraction"]["finetuned"][split] for split in ("train", "reference"))
+        flags["recites"] = train["exact_match"] >= RECITES and train["exact_match"] > validation["exact_match"]
+        case = (f"given the beginnings of {train['prefixes']} segments it was trained on, it goes on word for word, "
                 f"{train['tokens']} tokens long, in {train['exact_match']:.0%} of cases")  # fmt: skip
         sentences.append(
             f"It recites: {case}. Do not share it." if flags["recites"] else f"It does not recite: {case}."
@@ -72,7 +72,7 @@ def _judge_copying(report: dict, flags: dict) -> str:
     from utils.evaluation.loss import default_copy_rate
 
     rates, longest = report["copy_rate"], report["longest_copy"]["finetuned"]["tokens"]
-    own, rate = rates.get("heldout", {}).get("8"), rates["finetuned"]["8"] or 0.0
+    own, rate = rates.get("reference", {}).get("8"), rates["finetuned"]["8"] or 0.0
     flags["copies"] = rate > default_copy_rate(own or 0.0)
     author = f"; the author's own unseen pages share {own:.1%}" if own is not None else ""
     return (f"It copies {'much' if flags['copies'] else 'little'}: {rate:.1%} of its tokens stand in runs of 8 or more "
@@ -80,12 +80,12 @@ def _judge_copying(report: dict, flags: dict) -> str:
 
 
 def list_scores(report: dict) -> list[dict]:
-    """Return the scores as rows of label, hint and a text for base, finetuned and heldout."""
+    """Return the scores as rows of label, hint and a text for base, finetuned and reference."""
     rows = []
 
     def add(label, hint, values, form, intervals=None):
         cells = {}
-        for name in ("base", "finetuned", "heldout"):
+        for name in ("base", "finetuned", "reference"):
             value = (values or {}).get(name)
             cells[name] = "" if value is None else form.format(value)
             if value is not None and intervals:
@@ -109,10 +109,10 @@ def list_scores(report: dict) -> list[dict]:
         add(f"copied in runs of {length}+", "share of tokens", rates, "{:.2%}")
     longest = {name: run["tokens"] for name, run in report.get("longest_copy", {}).items()}
     add("longest copied run", "tokens", longest, "{:,}")
-    for split, what in (("train", "trained"), ("heldout", "unseen")):
+    for split, what in (("train", "trained"), ("reference", "unseen")):
         found = {name: figures[split] for name, figures in report.get("extraction", {}).items()}
         exact, matched = ({name: f[key] for name, f in found.items()} for key in ("exact_match", "mean_matched"))
-        add(f"continued word for word, {what}", "share of passages", exact, "{:.0%}")
+        add(f"continued word for word, {what}", "share of segments", exact, "{:.0%}")
         add(f"tokens before it differs, {what}", "mean", matched, "{:.2f}")
     for key, label in (("repeated_4grams", "repeated 4-grams"), ("distinct_1", "distinct tokens"),
                        ("distinct_2", "distinct pairs"), ("loops", "ends in a loop")):  # fmt: skip
@@ -130,10 +130,10 @@ def render_terminal(report: dict, width: int | None = None) -> str:
     width = width or min(shutil.get_terminal_size((100, 24)).columns, 150)
     lines = [f"{'':<34}{'base':>14}{'fine-tuned':>14}{'author':>14}"] if report["scores"] else []
     for row in list_scores(report):
-        cells = [row[name].split(" [")[0] for name in ("base", "finetuned", "heldout")]
+        cells = [row[name].split(" [")[0] for name in ("base", "finetuned", "reference")]
         lines.append(f"{row['label']:<34}" + "".join(f"{cell:>14}" for cell in cells))
-    shown = [row for row in report["texts"] if not row["is_opening"]]
-    shown += [row for row in report["texts"] if row["is_opening"]][:2]
+    shown = [row for row in report["texts"] if not row["has_reference"]]
+    shown += [row for row in report["texts"] if row["has_reference"]][:2]
     for row in shown:
         lines += ["", "=" * width, *_wrap(f"prompt: {row['prompt'] or '(none)'}", width), "=" * width]
         for texts in itertools.zip_longest(*row["columns"].values()):
@@ -196,9 +196,9 @@ def draw_plots(report: dict) -> list[dict]:
     training, plots = report.get("training") or {}, []
     evals, best = training.get("eval", []), training.get("best_step")
     if len(evals) > 1:
-        held_out = [(row["step"], row["loss"], f"step {row['step']}: {row['loss']:.3f}") for row in evals]
+        validation = [(row["step"], row["loss"], f"step {row['step']}: {row['loss']:.3f}") for row in evals]
         train = [(step, loss, "") for step, loss in training["train"]]
-        plots.append(_plot("Loss (nats a token) by step", "step", "loss", {"training": train, "held-out": held_out},
+        plots.append(_plot("Loss (nats a token) by step", "step", "loss", {"training": train, "held-out": validation},
                            {"base model": evals[0]["loss"]}, None, best))  # fmt: skip
     copied = [(100 * row["copy_rate"], row["bits_per_byte"], f"step {row['step']}") for row in evals
               if row["copy_rate"] is not None]  # fmt: skip

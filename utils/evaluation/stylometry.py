@@ -1,6 +1,6 @@
 """Style: how near texts stand to a book by their words, their sentences and their characters.
 
-Owns measures on plain text. The book's own training text is the yardstick, a general text the origin.
+Owns measures on plain text. The book's own training text is the profile, a general text the origin.
 Intervals come from the bootstrap: the texts are drawn anew, with replacement, many times.
 """
 
@@ -15,7 +15,7 @@ PARAGRAPH_END = re.compile(r"\n(?:[^\S\n]*\n)+")
 # Below about so many words, the rates of even the commonest words are mostly chance.
 MIN_WORDS = 1500
 N_FREQUENT = 150  # words that Delta counts
-STRETCH_WORDS = 500  # the book's own variation is measured between stretches of so many words
+WINDOW_WORDS = 500  # the book's own variation is measured between windows of so many words
 N_SHOWN = 15
 ROUNDS, SELECTIONS, FOLDINGS = 2000, 200, 5
 
@@ -47,11 +47,11 @@ def interval(values: np.ndarray, estimate: float | None = None) -> list[float]:
 
 
 @dataclass(frozen=True)
-class Yardstick:
+class WordProfile:
     """The frequent words of a book, and how much their rates vary within it.
 
     words are W; rates, spread and origin are (W,) shares of all words: the book's mean, its standard
-    deviation between stretches of STRETCH_WORDS words, and the general text's rate.
+    deviation between windows of WINDOW_WORDS words, and the general text's rate.
     """
 
     words: list[str]
@@ -60,22 +60,22 @@ class Yardstick:
     origin: np.ndarray | None
 
 
-def build_yardstick(book: str, control: str | None = None) -> Yardstick:
+def build_word_profile(book: str, control: str | None = None) -> WordProfile:
     """Measure the most frequent words of the training text.
 
     Args:
-        book: training text, two stretches of words at least.
+        book: training text, two windows of words at least.
         control: general text, the origin of cosine Delta.
     """
     tokens = split_words(book)
     ranked, totals = np.unique(tokens, return_counts=True)
     frequent = ranked[np.lexsort((ranked, -totals))][:N_FREQUENT].tolist()
-    whole = len(tokens) // STRETCH_WORDS * STRETCH_WORDS
-    stretches = [tokens[start : start + STRETCH_WORDS] for start in range(0, whole, STRETCH_WORDS)]
-    spread = count_words(stretches, frequent).std(axis=0, ddof=1) / STRETCH_WORDS  # of counts: exactly 0 for no change
+    whole = len(tokens) // WINDOW_WORDS * WINDOW_WORDS
+    windows = [tokens[start : start + WINDOW_WORDS] for start in range(0, whole, WINDOW_WORDS)]
+    spread = count_words(windows, frequent).std(axis=0, ddof=1) / WINDOW_WORDS  # of counts: exactly 0 for no change
     words = [word for word, deviation in zip(frequent, spread, strict=True) if deviation > 0]
     origin = word_rates([split_words(control)], words) if control and split_words(control) else None
-    return Yardstick(words, word_rates([tokens], words), spread[spread > 0], origin)
+    return WordProfile(words, word_rates([tokens], words), spread[spread > 0], origin)
 
 
 def count_words(texts: list[list[str]], words: list[str]) -> np.ndarray:
@@ -94,48 +94,48 @@ def word_rates(texts: list[list[str]], words: list[str]) -> np.ndarray:
     return count_words(texts, words).sum(axis=0) / sum(map(len, texts))
 
 
-def burrows_delta(rates: np.ndarray, yardstick: Yardstick) -> np.ndarray:
+def burrows_delta(rates: np.ndarray, profile: WordProfile) -> np.ndarray:
     """Mean distance from the book over the frequent words, in the book's own standard deviations.
 
     Args:
         rates: (..., W) shares of the frequent words.
     Source: Burrows 2002, against one author; tests/evaluation/test_stylometry.py calculates it by hand.
     """
-    return np.abs((rates - yardstick.rates) / yardstick.spread).mean(axis=-1)
+    return np.abs((rates - profile.rates) / profile.spread).mean(axis=-1)
 
 
-def cosine_delta(rates: np.ndarray, yardstick: Yardstick) -> np.ndarray:
+def cosine_delta(rates: np.ndarray, profile: WordProfile) -> np.ndarray:
     """1 - cosine between text and book, both seen from the general text: do they differ from it the same way?
 
     Source: Smith and Aldridge 2011; Evert et al. 2017.
     """
-    text, book = ((r - yardstick.origin) / yardstick.spread for r in (rates, yardstick.rates))
+    text, book = ((r - profile.origin) / profile.spread for r in (rates, profile.rates))
     lengths = np.linalg.norm(text, axis=-1) * np.linalg.norm(book)
     return 1 - (text @ book) / np.maximum(lengths, 1e-12)
 
 
-def measure_delta(texts: list[list[str]], yardstick: Yardstick, n_words: int, seed: int) -> dict[str, dict]:
+def measure_delta(texts: list[list[str]], profile: WordProfile, n_words: int, seed: int) -> dict[str, dict]:
     """Measure Burrows' and cosine Delta between texts and the book.
 
     Args:
         texts: words of each.
-        yardstick: of the book.
+        profile: of the book.
         n_words: Delta falls as a text grows, so it is comparable between equal amounts only: the value is the
             mean over many selections of about n_words words of the texts.
         seed: of the selections and the bootstrap.
     Returns:
         delta and cosine_delta, each {value, low, high}; cosine_delta only with an origin.
     """
-    counts, lengths = count_words(texts, yardstick.words), np.array([len(text) for text in texts])
+    counts, lengths = count_words(texts, profile.words), np.array([len(text) for text in texts])
     size = min(len(texts), max(1, round(n_words / lengths.mean())))
     chosen = np.random.default_rng(seed).random((SELECTIONS, len(texts))).argsort(axis=1) < size
     drawn = resample(len(texts), seed, size)
     rates, redrawn = ((rows @ counts) / np.maximum(rows @ lengths, 1)[:, None] for rows in (chosen, drawn))
-    measures = {"delta": burrows_delta} | ({} if yardstick.origin is None else {"cosine_delta": cosine_delta})
+    measures = {"delta": burrows_delta} | ({} if profile.origin is None else {"cosine_delta": cosine_delta})
     result = {}
     for name, measure in measures.items():
-        value = float(measure(rates, yardstick).mean())
-        low, high = interval(measure(redrawn, yardstick), value)
+        value = float(measure(rates, profile).mean())
+        low, high = interval(measure(redrawn, profile), value)
         result[name] = {"value": value, "low": max(low, 0.0), "high": high}
     return result
 
@@ -144,8 +144,8 @@ def measure_auc(book: list[str], texts: list[str], n_texts: int, seed: int) -> d
     """Ask a classifier on character n-grams to tell texts from the book: 0.5 it cannot, 1.0 always.
 
     Args:
-        book: stretches of training text, as long as the texts.
-        texts: samples, or stretches the author wrote.
+        book: windows of training text, as long as the texts.
+        texts: samples, or windows the author wrote.
         n_texts: a classifier that sees more texts is better, so that equal numbers are compared: the value is the
             mean over FOLDINGS selections of so many texts, each divided in its own way.
         seed: of selections, folds and bootstrap.
@@ -186,21 +186,21 @@ def measure_lengths(text: str) -> dict[str, float | None]:
     return {name: n_words / count if count else None for name, count in counts.items()}
 
 
-def tabulate_words(yardstick: Yardstick, texts: dict[str, list[list[str]]]) -> list[dict]:
+def tabulate_words(profile: WordProfile, texts: dict[str, list[list[str]]]) -> list[dict]:
     """List the words by which the book differs most from the general text, with their rates per mille.
 
     Chosen by training and general text alone: no model's sample has a say in what it is measured by.
 
     Args:
-        yardstick: of the book.
+        profile: of the book.
         texts: words of each text, by column.
     """
-    origin = np.zeros(len(yardstick.words)) if yardstick.origin is None else yardstick.origin
-    order = np.argsort(-np.abs((yardstick.rates - origin) / yardstick.spread), kind="stable")[:N_SHOWN]
-    columns = {"book": yardstick.rates, "control": yardstick.origin}
-    columns |= {name: word_rates(words, yardstick.words) for name, words in texts.items()}
+    origin = np.zeros(len(profile.words)) if profile.origin is None else profile.origin
+    order = np.argsort(-np.abs((profile.rates - origin) / profile.spread), kind="stable")[:N_SHOWN]
+    columns = {"book": profile.rates, "control": profile.origin}
+    columns |= {name: word_rates(words, profile.words) for name, words in texts.items()}
     return [
-        {"word": yardstick.words[i]} | {name: round(1000 * float(rates[i]), 2)
+        {"word": profile.words[i]} | {name: round(1000 * float(rates[i]), 2)
                                         for name, rates in columns.items() if rates is not None}
         for i in order
     ]  # fmt: skip

@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
 from utils.errors import UserError
-from utils.evaluation.ngrams import keep_one_in, sample_runs
+from utils.evaluation.ngrams import keep_one_in, sample_ngrams
 from utils.storage import replacing
 
 SEEN = "training_ngrams.safetensors"
@@ -26,16 +26,16 @@ def write_seen(folder: Path, train: np.ndarray) -> None:
     """
     one_in = keep_one_in(len(train))
     with replacing(folder / SEEN) as partial:
-        hashes = np.unique(sample_runs(train, one_in))
+        hashes = np.unique(sample_ngrams(train, one_in))
         partial.write_bytes(save({"hashes": hashes, "one_in": np.array([one_in], np.uint64)}))
 
 
-def count_seen(folder: Path, passages: list[np.ndarray]) -> tuple[int, int]:
+def count_seen(folder: Path, segments: list[np.ndarray]) -> tuple[int, int]:
     """Count the runs of 32 tokens that a model was trained on.
 
     Args:
         folder: of the model.
-        passages: token ids of each held-out passage.
+        segments: token ids of each held-out segment.
     Returns:
         How many were, and how many were looked for.
     Raises:
@@ -48,7 +48,7 @@ def count_seen(folder: Path, passages: list[np.ndarray]) -> tuple[int, int]:
         raise UserError(
             f"{folder / SEEN} cannot be read, so that it is not known what was trained on: {error}"
         ) from None
-    runs = np.concatenate([np.zeros(0, np.uint64), *(sample_runs(ids, one_in) for ids in passages)])
+    runs = np.concatenate([np.zeros(0, np.uint64), *(sample_ngrams(ids, one_in) for ids in segments)])
     return int(np.isin(runs, hashes).sum()), len(runs)
 
 
@@ -70,11 +70,11 @@ def check_unseen(folder: Path, recorded: dict, data) -> bool | None:
         return False
     before, now = recorded["data"]["settings"], data.manifest["settings"]
     is_other = not set(before["books"]) & set(now["books"])
-    seen, n_runs = count_seen(folder, data.passages("validation"))
-    if seen > (OTHER_BOOK_SHARE * n_runs if is_other else 0):
+    seen, n_ngrams = count_seen(folder, data.segments("validation"))
+    if seen > (OTHER_BOOK_SHARE * n_ngrams if is_other else 0):
         split = f"--seed {before['seed']}" + (f" --val-split {before['val_split']}" if before["val_split"] else "")
         raise UserError(
-            f"data: {data.folder} is another split than the model's: {seen:,} of {n_runs:,} runs of 32 tokens "
+            f"data: {data.folder} is another split than the model's: {seen:,} of {n_ngrams:,} runs of 32 tokens "
             f"of its held-out text were trained on; prepare it as before ({split}) or train again"
         )
     return is_other

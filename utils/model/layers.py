@@ -11,7 +11,7 @@ ROWS = {"cpu": 16}
 ROWS_ELSEWHERE = 2048
 
 
-def speed_up(model, device: torch.device, compiled: bool = False) -> None:
+def use_fast_layers(model, device: torch.device, compiled: bool = False) -> None:
     """Give a model the faster forms of its layers and of its loss; weights and config stay as they are.
 
     Args:
@@ -28,7 +28,7 @@ def speed_up(model, device: torch.device, compiled: bool = False) -> None:
         for name, child in list(module.named_children()):
             faster = torch.nn.GELU(approximate="tanh") if isinstance(child, NewGELUActivation) else None
             if type(child) is torch.nn.Dropout and slow_dropout:
-                faster = CheapDropout(child.p)
+                faster = FastDropout(child.p)
             if faster:
                 setattr(module, name, faster.train(child.training))
         if slow_dropout and hasattr(module, "is_causal"):
@@ -40,7 +40,7 @@ def speed_up(model, device: torch.device, compiled: bool = False) -> None:
     model.loss_function = next_token_loss
 
 
-class CheapDropout(torch.nn.Dropout):
+class FastDropout(torch.nn.Dropout):
     """Dropout that draws one random number of 64 bits for four elements."""
 
     def forward(self, values: torch.Tensor) -> torch.Tensor:

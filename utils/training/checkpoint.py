@@ -105,7 +105,7 @@ def describe_machine(plan) -> dict:
             "micro_batch_size": plan.micro_batch_size}  # fmt: skip
 
 
-def note_machine(state: TrainState, plan) -> None:
+def record_machine(state: TrainState, plan) -> None:
     """Put the machine into the state, and warn when the run was begun on another."""
     machine, before = describe_machine(plan), state.machine
     changed = [f"{name} {now}, was {before[name]}" for name, now in machine.items() if before.get(name, now) != now]
@@ -114,7 +114,7 @@ def note_machine(state: TrainState, plan) -> None:
     state.machine = machine
 
 
-def compare_settings(path: Path, settings: dict) -> None:
+def refuse_other_settings(path: Path, settings: dict) -> None:
     """Refuse to continue a run with other settings than run_config.json says it has.
 
     Args:

@@ -106,7 +106,7 @@ def pick_micro_batch(args, plan, model, data, state) -> int:
 
     Args:
         args: the flags batch_size and micro_batch_size (None: chosen here).
-        plan: the run's Plan.
+        plan: the run's TrainingSetup.
         model: on its device.
         data: Blocks.
         state: TrainState; a run that goes on keeps what it began with, to the bit.
@@ -144,20 +144,20 @@ class Stopwatch:
         return self.last - before
 
 
-def calibrate(args, plan, model, optimizer, data, step: int, backward) -> Forecast:
+def forecast_run(args, plan, model, optimizer, data, step: int, forward_backward) -> Forecast:
     """Measure three steps and more, an evaluation and some tokens; model, optimizer and random state stay as they are.
 
     Args:
         args: the flags about evaluation, samples and checkpoints.
-        plan: the run's Plan; its save_every is set here when a checkpoint takes long.
+        plan: the run's TrainingSetup; its save_every is set here when a checkpoint takes long.
         model, optimizer: of the run, before its state is restored.
         data: Blocks.
         step: updates done before.
-        backward: the loop's own function of model, input_ids and number of blocks.
+        forward_backward: the loop's own function of model, input_ids and number of blocks.
     """
     watch, n_left = Stopwatch(plan.device), plan.max_steps - step
     with torch.random.fork_rng():
-        block_seconds, update_seconds = time_steps(args, plan, model, optimizer, data, backward, n_left)
+        block_seconds, update_seconds = time_steps(args, plan, model, optimizer, data, forward_backward, n_left)
         evaluating = time_evaluation(args, plan, model, data, watch)
     blocks_left = sum(len(batch) for batch in plan.order.batches(step, plan.max_steps))
     seconds = blocks_left * block_seconds + n_left * update_seconds
@@ -179,19 +179,19 @@ def count_due(step: int, last: int, interval: int) -> int:
     return last // interval - step // interval + (last % interval > 0)
 
 
-def time_steps(args, plan, model, optimizer, data, backward, n_left: int) -> tuple[float, float]:
+def time_steps(args, plan, model, optimizer, data, forward_backward, n_left: int) -> tuple[float, float]:
     """Return seconds a block of forward and backward pass, and seconds of the rest of an update.
 
     AdamW works with a learning rate of zero and is emptied again, so that no weight changes.
     """
     blocks = data.train[: plan.micro_batch_size]["input_ids"].to(model.device)
     passes, updates = [], []
-    watch, n_micro_batches = Stopwatch(plan.device), n_left * plan.order.per_update / len(blocks)
+    watch, n_micro_batches = Stopwatch(plan.device), n_left * plan.order.blocks_per_step / len(blocks)
     while len(passes) < CALIBRATION_STEPS or sum(passes[1:]) < min(
         CALIBRATION_SHARE * passes[-1] * n_micro_batches, CALIBRATION_SECONDS
     ):
         with plan.autocast():
-            backward(model, blocks, len(blocks))
+            forward_backward(model, blocks, len(blocks))
         passes.append(watch.look())
         if torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm).isfinite():
             set_lr(optimizer, 0.0)  # else the loop refuses the gradient, and says so

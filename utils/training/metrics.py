@@ -71,18 +71,18 @@ def draw_loss_curve(folder: Path, best_step: int) -> None:
 
     rows = read_metrics(folder)
     train = [(row["step"], row["train/loss"]) for row in rows if "train/loss" in row]
-    held_out = [(row["step"], row["eval/loss"]) for row in rows if "eval/loss" in row]
+    validation = [(row["step"], row["eval/loss"]) for row in rows if "eval/loss" in row]
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
     if train:
         axes.plot(*zip(*train, strict=True), color="#9db4c8", linewidth=1, label="training")
-    if held_out:
-        axes.plot(*zip(*held_out, strict=True), color="#b5482b", marker="o", label="validation")
-        for best in [point for point in held_out if point[0] == best_step > 0]:
+    if validation:
+        axes.plot(*zip(*validation, strict=True), color="#b5482b", marker="o", label="validation")
+        for best in [point for point in validation if point[0] == best_step > 0]:
             axes.annotate(
                 f"best {best[1]:.3f}", best, textcoords="offset points", xytext=(0, -16), ha="center", color="#b5482b"
             )
-        if held_out[0][0] == 0:
-            axes.axhline(held_out[0][1], color="#555555", linestyle="--", linewidth=1, label="base model")
+        if validation[0][0] == 0:
+            axes.axhline(validation[0][1], color="#555555", linestyle="--", linewidth=1, label="base model")
     axes.set(xlabel="step (optimizer updates)", ylabel="loss (nats a token)", title="Loss on the book")
     axes.grid(alpha=0.25)
     axes.legend()

@@ -10,7 +10,7 @@ from utils.model.loading import autocast, pick_dtype
 from utils.training.optim import build_schedule
 
 
-class Plan:
+class TrainingSetup:
     """The way of a training, from its flags, its data and its device.
 
     What the model must be there for comes later: the copy probe, and how many blocks it takes at once.
