@@ -11,8 +11,7 @@ import functools
 import math
 from pathlib import Path
 
-from utils.cli import Parser, print_table, real_number, run
-from utils.cli import whole_number as whole
+from utils.cli import Parser, number, parse_first, print_table, run
 from utils.errors import UserError, warn
 
 OPENING_TOKENS = 32
@@ -20,6 +19,13 @@ MAX_ROUNDS = 20
 # The seed project's prompt, one in the voice of the sample book, and none at all.
 DEFAULT_PROMPTS = ["The old house", "Thursday, 14th November 1872.\n\nWind", ""]
 CONTROL = Path("results/data/control.txt")
+
+
+def temperature(text):
+    value = number(float, 0)(text)
+    if 0 < value < 1e-4:
+        raise argparse.ArgumentTypeError(f"{text} is too small; use 0")
+    return value
 
 
 def parse_args(argv=None):
@@ -34,34 +40,41 @@ def parse_args(argv=None):
     add = parser.add_argument_group("prompts").add_argument
     add("--prompt", action="append", help="a prompt; repeat the flag for more (default: three)")
     add("--prompts-file", type=Path, metavar="FILE", help="text file with one prompt a line")
-    add("--num-validation-prompts", type=whole(0, 1000), default=64,
+    add("--num-validation-prompts", type=number(int, 0, 1000), default=64,
         help="prompts from validation segments, continued too and shown with what the author wrote next")  # fmt: skip
     add("--truncate", action="store_true", help="cut a prompt that is too long, from its left")
     add = parser.add_argument_group("decoding, as in generate()").add_argument
-    add("--max-new-tokens", type=whole(1, 1023), default=75, help="tokens a sample")
+    add("--max-new-tokens", type=number(int, 1, 1023), default=75, help="tokens a sample")
     add("--temperature", type=temperature, default=1.0, help="below 1 safer, above 1 wilder; 0 is greedy")
-    add("--top-k", type=whole(0), default=0, help="choose among the k likeliest tokens; 0 for all")
-    add("--top-p", type=real_number(0, 1, above=True), default=0.9, help="choose among tokens of this probability")
+    add("--top-k", type=number(int, 0), default=0, help="choose among the k likeliest tokens; 0 for all")
+    add("--top-p", type=number(float, 0, 1, above=True), default=0.9, help="choose among tokens of this probability")
     add("--do-sample", action=argparse.BooleanOptionalAction, default=True,
         help="draw tokens; --no-do-sample is greedy")  # fmt: skip
-    add("--num-samples", type=whole(1, 10_000), default=1, help="samples of each prompt and model, at least")
-    add("--repetition-penalty", type=real_number(0, above=True), default=1.0, help="above 1 avoids used tokens")
-    add("--no-repeat-ngram-size", type=whole(0), default=0, help="n-grams of this length stand once; 0 for no limit")
-    add("--max-copy", type=whole(1, 1023), metavar="N", help="let no sample copy a run of more than N training tokens")
-    add("--seed", type=whole(0, 2**32 - 1), default=42, help="of the first sample; each pair has its own")
+    add("--num-samples", type=number(int, 1, 10_000), default=1, help="samples of each prompt and model, at least")
+    add("--repetition-penalty", type=number(float, 0, above=True), default=1.0, help="above 1 avoids used tokens")
+    add(
+        "--no-repeat-ngram-size",
+        type=number(int, 0),
+        default=0,
+        help="n-grams of this length stand once; 0 for no limit",
+    )
+    add(
+        "--max-copy",
+        type=number(int, 1, 1023),
+        metavar="N",
+        help="let no sample copy a run of more than N training tokens",
+    )
+    add("--seed", type=number(int, 0, 2**32 - 1), default=42, help="of the first sample; each pair has its own")
     add = parser.add_argument_group("machine").add_argument
-    add("--batch-size", type=whole(1), default=32, help="prompts continued at once")
+    add("--batch-size", type=number(int, 1), default=32, help="prompts continued at once")
     add("--device", default="auto", choices=["auto", "cpu", "mps", "cuda"], help="where to compute")
     add("--dtype", choices=["auto", "fp32", "bf16"], default="auto",
         help="samples are computed in; auto: bf16 if in hardware; losses are in fp32, as any scorer's")  # fmt: skip
     return parser.parse_args(argv)
 
 
-def temperature(text):
-    value = real_number(0)(text)
-    if 0 < value < 1e-4:
-        raise argparse.ArgumentTypeError(f"{text} is too small; use 0")
-    return value
+if __name__ == "__main__":  # before the heavy imports: --help and a mistyped flag are answered in 0.1 s, not in 4 s
+    args = parse_first(parse_args)
 
 
 def find_models(args):
@@ -288,9 +301,8 @@ def compare(args, base_name, base_dir, tuned_dir, data_dir, recorded):
     print(f"\nworth opening: {tuned_dir / 'report.html'}; the numbers: {tuned_dir / 'report.json'}")
 
 
-def main():
-    args = parse_args()
-    from utils.storage import lock
+def main(args):
+    from utils.output_dir import lock
 
     found = find_models(args)
     with lock(args.finetuned_model, "samples"):  # a lock of its own: a training in progress may be looked at
@@ -298,4 +310,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, args)

@@ -10,7 +10,7 @@ import math
 import os
 from pathlib import Path
 
-from utils.cli import Parser, print_table, real_number, run, text_encoding, whole_number
+from utils.cli import Parser, number, parse_first, print_table, run, text_encoding
 from utils.errors import UserError, warn
 
 MAX_BLOCK = 1024
@@ -25,22 +25,26 @@ def parse_args(argv=None):
     add("--input-path", nargs="+", type=Path, metavar="FILE", default=["results/data/book.txt"],
         help="text files, or folders of .txt and .md files, in this order")  # fmt: skip
     add("--encoding", type=text_encoding, default="utf-8", help="text encoding of the files")
-    add("--val-split", type=real_number(0, 1, below=True), default=0.1,
+    add("--val-split", type=number(float, 0, 1, below=True), default=0.1,
         help="share of the text kept aside as validation segments, 0 up to below 1")  # fmt: skip
     add("--val-path", nargs="+", type=Path, metavar="FILE",
         help="keep these whole files aside instead (they may also lie in --input-path)")  # fmt: skip
     add = parser.add_argument_group("tokens").add_argument
     add("--model-name", default="gpt2", help="model to prepare for, name or folder; gives tokenizer and position limit")
-    add("--train-tokenizer", type=whole_number(257, 1_000_000), metavar="N",
+    add("--train-tokenizer", type=number(int, 257, 1_000_000), metavar="N",
         help="learn a byte-level BPE tokenizer of N tokens from the training text instead")  # fmt: skip
-    add("--block-size", type=whole_number(2, MAX_BLOCK), default=128, help="tokens a block")
+    add("--block-size", type=number(int, 2, MAX_BLOCK), default=128, help="tokens a block")
     add = parser.add_argument_group("output").add_argument
     add("--output-dir", type=Path, default=Path("results/data/blocks"), help="folder to write")
     add("--overwrite", action="store_true", help="replace what --output-dir holds")
-    add("--seed", type=whole_number(0, 2**32 - 1), default=42, help="chooses the places of the segments")
+    add("--seed", type=number(int, 0, 2**32 - 1), default=42, help="chooses the places of the segments")
     args = parser.parse_args(argv)
     args.input_path = [Path(path) for path in args.input_path]
     return args
+
+
+if __name__ == "__main__":  # before the heavy imports: --help and a mistyped flag are answered in 0.1 s, not in 4 s
+    args = parse_first(parse_args)
 
 
 def read_books(args):
@@ -246,9 +250,9 @@ def prepare(args, books, n_held_out):
     return manifest, False
 
 
-def main():
-    args = parse_args()
-    from utils.storage import MANIFEST, check_output_dir, lock
+def main(args):
+    from utils.output_dir import check_output_dir, lock
+    from utils.storage import MANIFEST
 
     is_ours = (args.output_dir / MANIFEST).is_file()
     check_output_dir(args.output_dir, is_ours, "prepare_data.py", args.overwrite, [args.model_name])
@@ -263,4 +267,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, args)

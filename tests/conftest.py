@@ -35,6 +35,22 @@ def amount(request):
 
 Result = namedtuple("Result", "code out err")
 
+
+def replace(owner, name, new, set_attribute=setattr):
+    """Replace a function where it is defined and in every module of the project that has imported it."""
+    old, own = getattr(owner, name), ("utils", "prepare_data", "finetune_generative", "generate_text")
+    set_attribute(owner, name, new)
+    for module in list(sys.modules.values()):
+        if getattr(module, "__name__", "").split(".")[0] in own and vars(module).get(name) is old:
+            set_attribute(module, name, new)
+
+
+def run_script(name):
+    """Run a script's main with the command line in sys.argv, as the script itself does."""
+    module = importlib.import_module(name)
+    run(lambda: module.main(module.parse_args()))
+
+
 NAMES = ["Ada", "Bram", "Cleo", "Dov", "Edda", "Finn", "Greta", "Hal", "Ines", "Jory"]
 PLACES = ["the mill", "a ferry", "the old quay", "the orchard", "a cold inn", "the bell tower", "the ford"]
 DEEDS = ["mended a net", "counted the stars", "lost her hat", "sang to the dog", "wrote nine letters", "slept"]
@@ -90,28 +106,28 @@ def own_signals():
 def script(capsys, monkeypatch):
     """Run a script's main in this process: script('prepare_data', '--flag', value) -> code, out, err."""
 
-    def run_script(name, *argv):
+    def call(name, *argv):
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, argv)])
         capsys.readouterr()
         with own_signals(), pytest.raises(SystemExit) as left:
-            run(importlib.import_module(name).main)
+            run_script(name)
         return Result(left.value.code, *capsys.readouterr())
 
-    return run_script
+    return call
 
 
 @pytest.fixture(scope="session")
 def script_once():
     """Run a script's main that must succeed, from a fixture of a wider scope than a test's."""
 
-    def run_script(name, *argv):
+    def call(name, *argv):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sys, "argv", [f"{name}.py", *map(str, argv)])
             with own_signals(), pytest.raises(SystemExit) as left:
-                run(importlib.import_module(name).main)
+                run_script(name)
         assert left.value.code == 0
 
-    return run_script
+    return call
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,6 @@ Thousands of runs are affordable so: a whole training of the tiny model takes a 
 """
 
 import hashlib
-import importlib
 import os
 import resource
 import shutil
@@ -25,7 +24,7 @@ import matplotlib.pyplot  # noqa: F401
 import pytest
 import scipy.stats  # noqa: F401
 import torch
-from conftest import make_book
+from conftest import make_book, run_script
 from safetensors.torch import load_file
 from tqdm import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -33,7 +32,6 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import finetune_generative  # noqa: F401
 import generate_text  # noqa: F401
 import prepare_data  # noqa: F401
-from utils.cli import run
 from utils.data.tokenizer import train_tokenizer
 
 Ended = namedtuple("Ended", "code out err")
@@ -70,7 +68,7 @@ class Child:
             if prepare:
                 prepare()
             sys.argv = [f"{script}.py", *map(str, argv)]
-            run(importlib.import_module(script).main)
+            run_script(script)
         except SystemExit as left:
             code = left.code or 0
         except BaseException:
@@ -141,7 +139,7 @@ class Workshop:
                                        "--dtype", "fp32", *flags]  # fmt: skip
 
     def generate(self, tuned, *flags):
-        """One prompt and two of validation text; --num-validation-prompts 0 --measure measures without further rounds."""
+        """One prompt and two validation prompts; with --num-validation-prompts 0 --measure there is one round."""
         return "generate_text", ["--finetuned-model", tuned, "--prompt", "Day 1. Ada", "--max-new-tokens", 4,
                                  "--num-validation-prompts", 2, "--no-measure", "--control-path", self.control,
                                  *flags]  # fmt: skip

@@ -20,12 +20,12 @@ from importlib.machinery import SourceFileLoader
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-QUICK = ["tests/test_storage.py", "tests/test_output.py", "tests/training/test_checkpoint.py"]
+QUICK = ["tests/test_storage.py", "tests/test_output_dir.py", "tests/training/test_checkpoint.py"]
 SLOWER = [
     f"tests/test_{name}.py"
     for name in ("finetune_generative", "identity", "damage", "disk", "signals", "prepare_data", "data", "refusals")
 ]
-MUTATED = ["utils/storage.py", "utils/training/checkpoint.py"]
+MUTATED = ["utils/storage.py", "utils/output_dir.py", "utils/training/checkpoint.py"]
 SECONDS = {True: 90, False: 900}  # for the quick tests alone, and for more
 # Module, what is taken out, what stands there instead.
 GUARDS = [
@@ -56,11 +56,11 @@ GUARDS = [
     ("utils/storage.py", "        if size != expected:\n", "        if False:\n"),
     ("utils/storage.py", "        if hash_file(path) != sha256:\n", "        if False:\n"),
     ("utils/storage.py", "    if manifest.get(\"sha256\", said := _digest(manifest)) != said:\n", "    if False:\n"),
-    ("utils/storage.py", "            fcntl.lockf(", "            (lambda *_: 0)("),
-    ("utils/storage.py", "if os.path.samestat(os.fstat(descriptor), os.stat(path))", "if True"),
-    ("utils/storage.py", "        sync(parent.parent)\n", ""),
-    ("utils/storage.py", "                path.unlink()\n", "                pass\n"),
-    ("utils/storage.py", " | os.O_NOFOLLOW", ""),
+    ("utils/output_dir.py", "            fcntl.lockf(", "            (lambda *_: 0)("),
+    ("utils/output_dir.py", "if os.path.samestat(os.fstat(descriptor), os.stat(path))", "if True"),
+    ("utils/output_dir.py", "        sync(parent.parent)\n", ""),
+    ("utils/output_dir.py", "                path.unlink()\n", "                pass\n"),
+    ("utils/output_dir.py", " | os.O_NOFOLLOW", ""),
     ("utils/training/checkpoint.py", "    refuse_not_finite(model, optimizer)\n", ""),
     ("utils/training/checkpoint.py", "    refuse_not_finite(written)\n", ""),
     ("utils/training/checkpoint.py", "        reason = verify_folder(folder)\n", "        reason = None\n"),

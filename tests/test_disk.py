@@ -18,6 +18,7 @@ from contextlib import contextmanager
 import pytest
 import safetensors.torch
 import transformers.modeling_utils
+from conftest import replace
 from forked import WRITTEN, Child, digest_files, digest_run, fresh, run_child, strays, undisturbed, workshop  # noqa: F401
 from safetensors import SafetensorError
 from tqdm import tqdm
@@ -144,7 +145,7 @@ def check_failure(ended, out, where, sizes=False, safe=True):
         assert checkpoint.check_checkpoint(folder) is None, seen
     if safe and checkpoint.list_checkpoints(out):
         newest = checkpoint.list_checkpoints(out)[0].name
-        assert f"{newest} is safe; the same command goes on from there" in lines[0], seen
+        assert f"{newest} is safe; run the same command to resume" in lines[0], seen
     check_whole(out, seen)
     return lines[0]
 
@@ -284,7 +285,7 @@ def before(owner, name, act, call=1):
                 act()
             return real(*args, **kwargs)
 
-        setattr(owner, name, hooked)
+        replace(owner, name, hooked)
 
     return prepare
 

@@ -64,7 +64,9 @@ def run_each(works, folder):
 
 def attempt(works, folder, seconds):
     """Run functions in one child; returns an Ended for each. The child reaches them through this module's main."""
-    child = Child(__name__, [], lambda: globals().update(main=lambda: run_each(works, folder)), MEMORY)
+    child = Child(
+        __name__, [], lambda: globals().update(parse_args=tuple, main=lambda _: run_each(works, folder)), MEMORY
+    )
     ended = child.wait(seconds * len(works))
     assert ended.code == 0, f"code {ended.code}\n{ended.err[-3000:]}"
     results = [Ended(*json.loads(line)) for line in ended.out.splitlines()]
@@ -183,7 +185,7 @@ def test_books(workshop, tmp_path, amount):  # noqa: F811
                      "--block-size", 2, "--output-dir", folder / "out"]  # fmt: skip
             sys.argv = ["prepare_data.py", *map(str, flags)]
             with contextlib.redirect_stdout(io.StringIO()):
-                prepare_data.main()
+                prepare_data.main(prepare_data.parse_args())
             print(json.dumps(open_blocks(folder / "out").train[:]["input_ids"].flatten().tolist()))
         else:
             text, book = read_book(folder / "book.txt")
@@ -375,7 +377,7 @@ def test_checkpoints(workshop, undisturbed, broken_off, tmp_path, amount):  # no
         damage_folder(folder / "checkpoint-4", damages, consistent)
         finetune_generative.train = train if whole else look
         sys.argv = ["finetune_generative.py", *map(str, workshop.finetune(folder)[1])]
-        left = finetune_generative.main()
+        left = finetune_generative.main(finetune_generative.parse_args())
         if whole and left == 0:
             print(json.dumps(digest_run(folder)))
         return left

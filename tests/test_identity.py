@@ -136,7 +136,7 @@ class Stopping(setup.TrainingSetup):
         schedule = self.schedule
         self.schedule = lambda now: (now == stop and signal.raise_signal(signal.SIGTERM)) or schedule(now)
 setup.TrainingSetup = Stopping
-run(finetune_generative.main)
+run(finetune_generative.main, finetune_generative.parse_args())
 """
 
 

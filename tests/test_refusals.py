@@ -96,7 +96,7 @@ def four_steps(tmp_path_factory, prepared):
         patch.setattr(sys, "argv", ["finetune_generative.py", *map(str, command)])
         import finetune_generative
 
-        assert finetune_generative.main() == 0
+        assert finetune_generative.main(finetune_generative.parse_args()) == 0
     return folder
 
 
@@ -911,7 +911,7 @@ def infinite_gradient(original):
 
 
 SAFE = "checkpoint-2 is safe; "
-GOES_ON = "the same command goes on from there"
+GOES_ON = "run the same command to resume"
 FAILURES = [
     ("F56", "transformers.GPT2LMHeadModel.forward", fail_at(14, torch.OutOfMemoryError("CUDA out of memory")), [], 3,
      ("out of GPU memory (batch 2) at step ", "is safe; ", "try --batch-size 1")),
@@ -960,7 +960,7 @@ def test_too_little_room(refuse, book, tiny_model, prepared, monkeypatch, row, s
     refuse(SCRIPTS[row[0]], *flags, says=says, code=3)
 
 
-HOLD = "import sys, pathlib, utils.storage as l\nwith l.lock(pathlib.Path(sys.argv[1]), sys.argv[2]): print(); input()"
+HOLD = "import sys, pathlib, utils.output_dir as l\nwith l.lock(pathlib.Path(sys.argv[1]), sys.argv[2]): print(); input()"
 
 
 @pytest.mark.parametrize(("row", "kind"), [pytest.param(*r, id=r[0]) for r in [("P47", "prepare"), ("F57", "train")]])

@@ -17,10 +17,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import replace
 from forked import Child, digest_files, digest_run, fresh, run_child, strays, undisturbed, workshop  # noqa: F401
 from test_disk import before
 
-from utils import cli, storage
+from utils import cli, output_dir, storage
 from utils.data import blocks
 from utils.evaluation import loss
 from utils.model import loading
@@ -101,12 +102,12 @@ def check_stopped(ended, number, out, where, in_loop=None):
     seen = f"{where}: exit {ended.code}\n{ended.out}\n{ended.err}"
     assert ended.code == 128 + number, seen
     assert "Traceback" not in ended.err, seen
-    stopped = re.fullmatch(r"stopped at step (\d+) of \d+, saved; the same command goes on from here",
+    stopped = re.fullmatch(r"stopped at step (\d+) of \d+, saved; run the same command to resume",
                            ended.out.splitlines()[-1] if ended.out else "")  # fmt: skip
     if stopped:
         assert checkpoint.check_checkpoint(out / f"checkpoint-{stopped[1]}") is None, seen
     else:
-        assert "stopped; what was finished is safe, and the same command goes on" in ended.err, seen
+        assert "stopped; finished work is saved, run the same command to resume" in ended.err, seen
     assert in_loop in (None, bool(stopped)), seen
 
 
@@ -249,7 +250,7 @@ def test_a_process_of_its_own(workshop, tmp_path, amount, number):  # noqa: F811
     process.send_signal(number)
     printed, errors = process.communicate(timeout=10)
     assert process.returncode == 128 + number, errors
-    assert printed.splitlines()[-1].endswith("saved; the same command goes on from here")
+    assert printed.splitlines()[-1].endswith("saved; run the same command to resume")
     assert run_child(name, flags).code == 0
     assert digest_run(out, 400) == digest_run(reference, 400)
 
@@ -258,7 +259,7 @@ def hold_lock(gate):
     """Return a hook for a child: whoever gets the lock stays at the gate."""
 
     def prepare():
-        real = storage.lock
+        real = output_dir.lock
 
         @contextmanager
         def lock(*args):
@@ -266,7 +267,7 @@ def hold_lock(gate):
                 gate()
                 yield
 
-        storage.lock = lock
+        replace(output_dir, "lock", lock)
 
     return prepare
 

@@ -31,19 +31,19 @@ class Stopped(BaseException):
 
 
 def catch_signals(receive: Callable[[int, Any], None]) -> None:
-    """Send the signals that ask for an end to receive(number, frame), but for those ignored (nohup)."""
+    """Handle the signals that ask for an end with receive(number, frame), except those already ignored (nohup)."""
     for number in STOP_SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, receive)
 
 
 def leave(number: int, _frame: Any) -> NoReturn:
-    """Raise the signal as Stopped, wherever the program is."""
+    """Raise the signal as Stopped."""
     raise Stopped(number)
 
 
 class StopSignal:
-    """Turn SIGINT, SIGTERM and SIGHUP into a wish that the loop sees; a second one ends at once."""
+    """Set a flag on SIGINT, SIGTERM or SIGHUP that the loop checks; a second signal exits at once."""
 
     def __init__(self) -> None:
         self.number = 0
@@ -59,12 +59,12 @@ class StopSignal:
 
 
 def ignore_signals(_worker: int) -> None:
-    """Leave the stopping to the main process: it still needs the batches of the update at hand."""
+    """Ignore signals in a data worker: the main process still needs the batches of the current step."""
     catch_signals(signal.SIG_IGN)
 
 
 class HelpFormatter(argparse.HelpFormatter):
-    """Help that ends every entry with its default, so that no flag has to be tried to be known."""
+    """Help text that ends each entry with its default."""
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=32, width=100)
@@ -118,43 +118,35 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message)
 
 
-def whole_number(low: int, high: int | None = None) -> Callable[[str], int]:
-    """Build an argparse type for whole numbers from low to high, both included."""
-    allowed = f"must be {low} or more" if high is None else f"must be {low} to {high}"
-
-    def parse(text: str) -> int:
-        if not re.fullmatch(r"[+-]?[0-9]{1,30}", text):
-            raise argparse.ArgumentTypeError(_not_a_number(text, int, "whole"))
-        value = int(text)
-        if value < low or (high is not None and value > high):
-            raise argparse.ArgumentTypeError(f"{allowed}, not {text}")
-        return value
-
-    return parse
-
-
-def real_number(low: float, high: float = math.inf, above: bool = False, below: bool = False) -> Callable[[str], float]:
+def number(
+    convert: type[int] | type[float], low: float, high: float = math.inf, *, above: bool = False, below: bool = False
+) -> Callable[[str], Any]:
     """Build an argparse type for finite numbers in a range.
 
     Args:
-        low: least value.
-        high: greatest value.
-        above: low itself is refused.
-        below: high itself is refused.
+        convert: int or float.
+        low, high: smallest and largest value.
+        above, below: low itself, high itself is refused.
     """
-    allowed = f"must be above {low:g}" if above else f"must be {low:g}"
+    kind, pattern = "whole number", r"[+-]?[0-9]{1,30}"
+    if convert is float:
+        kind, pattern = "number", r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?|[+-]?(inf|nan)"
+    allowed = f"must be {'above ' if above else ''}{low}"
     if high == math.inf:
-        allowed += " and finite" if above else " or more and finite"
+        allowed += ("" if above else " or more") + (" and finite" if convert is float else "")
     else:
-        allowed += f" up to {'below ' if below else ''}{high:g}" if above or below else f" to {high:g}"
+        allowed += f" {'up ' if above or below else ''}to {'below ' if below else ''}{high}"
 
     def parse(text: str) -> float:
-        if not re.fullmatch(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?|[+-]?(inf|nan)", text):
-            raise argparse.ArgumentTypeError(_not_a_number(text, float, ""))
-        value = float(text)
-        too_low = value < low or (above and value == low)
-        too_high = value > high or (below and value == high)
-        if too_low or too_high or not math.isfinite(value):
+        if not re.fullmatch(pattern, text):
+            shown = text if len(text) <= 60 else f"{text[:60]}..."
+            try:  # Python also reads '1_000', ' 5 ' and Arabic digits; a command line should not guess
+                convert(text)
+            except ValueError:
+                raise argparse.ArgumentTypeError(f"{shown!r} is not a {kind}") from None
+            raise argparse.ArgumentTypeError(f"{shown!r} is not a plain number")
+        value = convert(text)
+        if not low <= value <= high or (above and value == low) or (below and value == high) or value == math.inf:
             raise argparse.ArgumentTypeError(f"{allowed}, not {text}")
         return value
 
@@ -166,18 +158,8 @@ def auto_or(parse: Callable[[str], Any]) -> Callable[[str], Any]:
     return lambda text: None if text == "auto" else parse(text)
 
 
-def _not_a_number(text: str, convert: type, kind: str) -> str:
-    """Python also reads '1_000', ' 5 ' and Arabic digits; a command line should not guess."""
-    shown = text if len(text) <= 60 else text[:60] + "..."
-    try:
-        convert(text)
-    except ValueError:
-        return f"{shown!r} is not a {kind} number".replace("  ", " ")
-    return f"{shown!r} is not a plain number"
-
-
 def refuse_many_processes() -> None:
-    """Say at once that torchrun's other processes would only repeat the work."""
+    """Refuse to start under torchrun, whose other processes would only repeat the work."""
     processes = os.environ.get("WORLD_SIZE", "1")
     if processes != "1" or ("RANK" in os.environ and "WORLD_SIZE" not in os.environ):
         started = f"{processes} processes" if processes != "1" else "RANK is set, WORLD_SIZE is not set"
@@ -212,30 +194,56 @@ def print_table(title: str, rows: Iterable[tuple[str, Any]]) -> None:
     print(flush=True)
 
 
-def run(main: Callable[[], int | None]) -> NoReturn:
-    """Run a script's main function and leave with its exit status.
+def parse_first(parse_args: Callable[[], argparse.Namespace]) -> argparse.Namespace:
+    """Parse the command line of a script that has not yet imported anything heavy.
+
+    A mistake or --help ends the program here. From here to run(), while modules are imported, a signal ends it at
+    once: nothing has been opened yet.
+    """
+    parsed = []
+    code = _guard(lambda: parsed.append(parse_args()))
+    if not parsed:
+        sys.exit(code)
+
+    def quit_at_once(number: int, _frame: Any) -> NoReturn:
+        _say_stopped()
+        os._exit(128 + number)
+
+    catch_signals(quit_at_once)
+    return parsed[0]
+
+
+def run(main: Callable[..., int | None], *arguments: Any) -> NoReturn:
+    """Call a script's main function and leave with its exit status.
 
     A UserError, a signal, the machine's own failures and a file that the system refuses become one
     line on stderr; anything else is a defect of this program and keeps its traceback.
     """
+    code = _guard(lambda: main(*arguments))
+    catch_signals(signal.SIG_IGN)  # nothing is left to stop
+    sys.exit(code)
+
+
+def _guard(action: Callable[[], int | None]) -> int:
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # a terminal without UTF-8 is no reason to stop
     try:
         catch_signals(leave)
         try:
-            code = main() or 0
+            code = action() or 0
         except SystemExit as left:  # --help
             code = left.code
         sys.stdout.flush()
+        return code
     except UserError as error:
-        code = _report(str(error), error.code)
+        return _report(str(error), error.code)
     except Stopped as stopped:
-        code = stopped.code
-        print("stopped; what was finished is safe, and the same command goes on", file=sys.stderr, flush=True)
+        _say_stopped()
+        return stopped.code
     except BrokenPipeError:
-        code = 0
         # The reader (| head) has left; without this, Python complains once more at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except Exception as error:
         reason, name = machine_reason(error), str(getattr(error, "filename", None) or "")
         if not reason and not (name and isinstance(error, OSError) and error.errno):
@@ -244,8 +252,11 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         code = _report(f"{where}: {reason or os.strerror(error.errno).lower()}", EXIT_MACHINE if reason else EXIT_INPUT)
         if reason:
             os._exit(code)  # flushing a full stdout again at exit would print a second message
-    catch_signals(signal.SIG_IGN)  # it is over; nothing is left to stop
-    sys.exit(code)
+        return code
+
+
+def _say_stopped() -> None:
+    print("stopped; finished work is saved, run the same command to resume", file=sys.stderr, flush=True)
 
 
 def _report(message: str, code: int) -> int:

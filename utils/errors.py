@@ -1,4 +1,4 @@
-"""What ends a program: UserError, exit codes, and the machine's failures in words."""
+"""What ends a program: UserError, exit codes, and the machine's failures in words. Knows no other module."""
 
 import errno
 import math
@@ -9,11 +9,10 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-EXIT_INPUT = 2
-EXIT_MACHINE = 3
-EXIT_DIVERGED = 4
-# The machine's fault, not the user's: full or failing disk, quota, read-only file system.
+EXIT_INPUT, EXIT_MACHINE, EXIT_DIVERGED = 2, 3, 4
+# A full or failing disk, a quota, a read-only file system: not the user's fault.
 MACHINE_ERRNOS = {errno.ENOSPC, errno.EIO, errno.EROFS, errno.EDQUOT}
 
 
@@ -30,67 +29,53 @@ class UserError(Exception):
         self.code = code
 
 
-def machine_reason(error: BaseException) -> str | None:
-    """Say in the system's words how the machine failed, or None when it was not the machine.
-
-    The libraries that write from C++ and Rust give the errno in their message only.
-    """
-    found = re.search(r"(?:os error |[Ee]rrno )(\d+)", str(error))
-    number = getattr(error, "errno", None) or (int(found.group(1)) if found else None)
-    return os.strerror(number).lower() if number in MACHINE_ERRNOS else None
-
-
 def warn(message: str) -> None:
     """Print one line on stderr that starts with 'warning: '."""
     print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
-def require_finite(state, lr: float | None, **values: float) -> None:
-    """Stop before an update that would fill every weight with NaN.
+def machine_reason(error: BaseException) -> str | None:
+    """Return the system's words for a failure of the machine, None for any other error."""
+    # Libraries that write from C++ and Rust give the errno in their message only.
+    found = re.search(r"(?:os error |[Ee]rrno )(\d+)", str(error))
+    number = getattr(error, "errno", None) or (int(found.group(1)) if found else None)
+    return os.strerror(number).lower() if number in MACHINE_ERRNOS else None
 
-    Args:
-        state: the run's TrainState.
-        lr: learning rate of the update at hand, None outside one.
-        values: what to look at, by name.
-    """
+
+def require_finite(step: int | str, **values: float) -> None:
+    """Raise UserError (exit status 4) when one of the named values is NaN or infinite."""
     for what, value in values.items():
         if not math.isfinite(value):
-            at = f" {state.step + 1} (lr {lr:g})" if lr is not None else f" {state.step}"
-            raise UserError(f"{what} is not a finite number at step{at}", EXIT_DIVERGED)
-
-
-def explain(error: Exception, args, state, saved: list[Path]) -> UserError | None:
-    """Say what ended a training, what is safe and what to do; None for a defect of this program.
-
-    Args:
-        error: what was raised.
-        args: the flags.
-        state: the run's TrainState.
-        saved: its checkpoints, newest first.
-    """
-    what, advice = machine_reason(error), "the same command goes on from there"
-    code = getattr(error, "code", EXIT_MACHINE)
-    if isinstance(error, UserError):
-        what = str(error)
-        advice = f"try a --learning-rate below {args.learning_rate:g}" if code == EXIT_DIVERGED else advice
-    elif type(error).__name__ == "OutOfMemoryError":
-        what = f"out of GPU memory (batch {args.batch_size})"
-        advice = f"try --batch-size {max(1, args.batch_size // 2)}"
-    elif "DataLoader worker" in str(error):
-        what = "a data worker was killed (out of memory?)"
-    if what is None:
-        return None
-    at = "" if "at step" in what else f" at step {state.step}"
-    safe = f"{saved[0].name} is safe" if saved else "no checkpoint yet"
-    return UserError(f"{what}{at}; {safe}; {advice}", code)
+            raise UserError(f"{what} is not a finite number at step {step}", EXIT_DIVERGED)
 
 
 @contextmanager
-def explain_failures(args, state, list_checkpoints: Callable[[Path], list[Path]]) -> Iterator[None]:
-    """Put what explain() says in the place of what is raised inside; arguments as there."""
+def explain_failures(
+    state: Any, list_checkpoints: Callable[[], list[Path]], batch_size: int, learning_rate: float
+) -> Iterator[None]:
+    """Re-raise known failures of a training (out of memory, full disk, divergence) as a one-line UserError.
+
+    Args:
+        state: the run's state, of which the step is named.
+        list_checkpoints: returns the saved checkpoints, newest first.
+        batch_size, learning_rate: for the advice.
+    """
     try:
         yield
     except Exception as error:
-        # A data worker that was killed is reported twice, the second time from a signal handler in the middle of this.
+        # PyTorch reports a killed data worker a second time, from a signal handler: not in the middle of this.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        raise explain(error, args, state, list_checkpoints(args.output_dir)) or error from None
+        what, code = machine_reason(error), getattr(error, "code", EXIT_MACHINE)
+        advice = "run the same command to resume"
+        if isinstance(error, UserError):
+            what = str(error)
+            advice = f"try a --learning-rate below {learning_rate:g}" if code == EXIT_DIVERGED else advice
+        elif type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported here
+            what, advice = f"out of GPU memory (batch {batch_size})", f"try --batch-size {max(1, batch_size // 2)}"
+        elif "DataLoader worker" in str(error):
+            what = "a data worker was killed (out of memory?)"
+        if what is None:
+            raise  # a defect of this program keeps its traceback
+        at, saved = "" if "at step" in what else f" at step {state.step}", list_checkpoints()
+        safe = f"{saved[0].name} is safe" if saved else "no checkpoint yet"
+        raise UserError(f"{what}{at}; {safe}; {advice}", code) from error

@@ -1,16 +1,13 @@
-"""Publish and verify: the only module that makes a file final.
+"""Write atomically, describe and verify: the only module that makes a file final.
 
-A file or folder appears under its name whole or not at all: it is built aside, synced to the disk, then
-renamed, and the folder that holds its name is synced last. All of it happens inside the output folder.
-Knows nothing of what is written.
+A file or folder appears under its name whole or not at all: it is built inside the output folder, synced, renamed,
+and the folder that holds its name is synced last.
 """
 
-import fcntl
 import hashlib
 import json
 import os
 import shutil
-import socket
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +18,7 @@ from typing import Any
 from utils.errors import EXIT_MACHINE, UserError, machine_reason
 
 MANIFEST = "manifest.json"
-# What is being built, and what is on its way out. A killed run leaves them behind; the next removes them.
+# What is being built, and what is being removed. A killed run leaves them behind; the next run removes them.
 PARTIAL, OLD = ".partial", ".old"
 
 
@@ -52,7 +49,7 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Give a name to write a file to, then put it in the place of path: readers see the old or the new."""
+    """Yield a path to write to, then move it to `path`: readers see the old file or the new one."""
     partial = path.with_name(f".{path.name}{PARTIAL}")
     try:
         partial.unlink(missing_ok=True)  # written through a link, it would change a file elsewhere
@@ -66,25 +63,18 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a text file whole."""
+    """Replace a text file atomically."""
     with replacing(path) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Replace a JSON file whole. NaN and infinity are refused: they are not JSON."""
+    """Replace a JSON file atomically. NaN and infinity raise ValueError: they are not JSON."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def read_json(path: Path, what: str = "") -> dict:
-    """Read a JSON object.
-
-    Args:
-        path: the file.
-        what: stands before the message of an error, like 'model: '.
-    Raises:
-        UserError: the file is missing, cut, or not a JSON object.
-    """
+    """Read a JSON object; UserError, with the prefix `what`, if it is missing, damaged or no object."""
     if not path.is_file():  # nor a device without an end
         raise UserError(f"{what}{path}: no such file")
     try:
@@ -102,13 +92,13 @@ def read_json(path: Path, what: str = "") -> dict:
 
 
 def sweep(folder: Path) -> None:
-    """Remove what a killed run left half built or half removed; only for the holder of the lock."""
+    """Remove what a killed run left partly built or partly removed. Call it only while holding the lock."""
     for path in (folder / PARTIAL, folder / OLD, *folder.glob(f"*/{PARTIAL}")):
         shutil.rmtree(path, ignore_errors=True)
 
 
 def discard(path: Path) -> None:
-    """Remove a file, or a folder at once under its name: killed in the middle, none is half there."""
+    """Remove a file or folder; a folder is renamed first, so that a kill leaves no part of it under its name."""
     if path.is_symlink() or not path.is_dir():
         path.unlink(missing_ok=True)
         return
@@ -119,22 +109,14 @@ def discard(path: Path) -> None:
 
 
 def clear_folder(folder: Path, keep: Iterable[str] = ()) -> None:
-    """Remove what a folder holds, but for locks and the names to keep."""
+    """Remove the contents of a folder except locks and the names to keep."""
     for path in sorted(folder.iterdir()):
         if path.name not in keep and path.suffix != ".lock":
             discard(path)
 
 
 def require_space(folder: Path, size: int, what: str) -> None:
-    """Refuse to begin what will not fit.
-
-    Args:
-        folder: where it will be written.
-        size: bytes it will take.
-        what: begins the message, like 'a checkpoint'.
-    Raises:
-        UserError: fewer bytes are free (exit status 3).
-    """
+    """Raise UserError (exit status 3) when fewer than `size` bytes are free for `what`, such as 'a checkpoint'."""
     free = shutil.disk_usage(folder).free
     if free < size:
         raise UserError(f"output-dir: {folder}: disk full, {what} needs {_mb(size)}, {_mb(free)} free", EXIT_MACHINE)
@@ -146,10 +128,10 @@ def _mb(size: int) -> str:
 
 @contextmanager
 def building(folder: Path, size: int, what: str) -> Iterator[Path]:
-    """Give an empty folder inside folder to build in; whatever fails, it is removed again.
+    """Yield an empty folder inside `folder` to build in, removed on any error.
 
     Raises:
-        UserError: the disk is full or fails (exit status 3); the message tells what is needed and free.
+        UserError: the disk is full or failing (exit status 3); the message has the bytes needed and free.
     """
     partial = folder / PARTIAL
     shutil.rmtree(partial, ignore_errors=True)
@@ -167,10 +149,10 @@ def building(folder: Path, size: int, what: str) -> Iterator[Path]:
 
 
 def _seal(partial: Path, manifest: dict) -> None:
-    """Describe what was built in its manifest, and force all of it to the disk, the manifest last."""
+    """List the built files in the manifest and sync all of them, the manifest last."""
     os.umask(mask := os.umask(0o077))  # the system tells the umask only in exchange for a new one
     with ThreadPoolExecutor(1) as beside:
-        described = beside.submit(describe_files, partial)  # the processor's work, while the disk does its own
+        described = beside.submit(describe_files, partial)  # hash while the disk syncs
         for path in sorted(partial.rglob("*")):
             if path.is_file():
                 path.chmod(0o666 & ~mask)  # safetensors makes its files private whatever the umask
@@ -181,13 +163,13 @@ def _seal(partial: Path, manifest: dict) -> None:
 
 @contextmanager
 def publish_folder(target: Path, manifest: dict, size: int, what: str) -> Iterator[Path]:
-    """Build a folder aside and rename it to target.
+    """Build a folder and rename it to `target`, replacing what is there.
 
     Args:
-        target: the new folder; what stands there is replaced.
-        manifest: what manifest.json says besides sizes and checksums of the files.
+        target: the new folder.
+        manifest: content of manifest.json besides the files' sizes and checksums.
         size: bytes expected.
-        what: names it in an error, like 'a checkpoint'.
+        what: its name in an error, like 'a checkpoint'.
     """
     with building(target.parent, size, what) as partial:
         yield partial
@@ -199,10 +181,10 @@ def publish_folder(target: Path, manifest: dict, size: int, what: str) -> Iterat
 
 @contextmanager
 def publish_files(folder: Path, manifest: dict, size: int, what: str) -> Iterator[Path]:
-    """Build files aside and move them into a folder that stays where it is; arguments as publish_folder.
+    """Build files and move them into an existing folder; arguments as in publish_folder.
 
-    The manifest goes first and describes the files that it replaces too, so that at every moment the
-    folder agrees with its manifest: a reader finds all of the old or all of the new.
+    The manifest is written first and also lists the files being replaced, so that the folder agrees with its manifest
+    at every moment: a reader finds all old files or all new ones.
     """
     with building(folder, size, what) as partial:
         yield partial
@@ -227,16 +209,12 @@ def _described(folder: Path) -> Any:
 
 
 def write_sealed(folder: Path, manifest: dict) -> None:
-    """Replace a folder's manifest.json, which carries the sha256 of its own content too."""
+    """Write a folder's manifest.json with the sha256 of its own content."""
     write_json(folder / MANIFEST, manifest | {"sha256": _digest(manifest)})
 
 
 def read_sealed(folder: Path) -> dict:
-    """Read a folder's manifest.json.
-
-    Raises:
-        UserError: it is missing or damaged.
-    """
+    """Read a folder's manifest.json; UserError if it is missing or damaged."""
     manifest = read_json(folder / MANIFEST)
     if manifest.get("sha256", said := _digest(manifest)) != said:
         raise UserError(f"{folder / MANIFEST} is damaged: checksum differs")
@@ -249,7 +227,7 @@ def _digest(manifest: dict) -> str:
 
 
 def describe_files(folder: Path) -> dict[str, dict]:
-    """List every file below a folder but its manifest: relative name, size in bytes and sha256."""
+    """List the files below a folder except its manifest: {relative name: {"bytes": size, "sha256": hex}}."""
     paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and path != folder / MANIFEST]
     with ThreadPoolExecutor() as pool:
         hashes = pool.map(hash_file, paths)
@@ -260,12 +238,12 @@ def describe_files(folder: Path) -> dict[str, dict]:
 
 
 def verify_folder(folder: Path) -> str | None:
-    """Compare a published folder with its manifest, also while a writer replaces its files.
+    """Compare a folder with its manifest, even while a writer replaces its files.
 
     Returns:
-        None when every file is as the manifest says, else one sentence on the first that is not.
+        None if every file matches, else one sentence on the first that does not.
     Raises:
-        UserError: the manifest itself cannot be read.
+        UserError: the manifest cannot be read.
     """
     patience = time.monotonic() + 2
     while True:
@@ -280,7 +258,7 @@ def verify_folder(folder: Path) -> str | None:
 
 
 def verify_files(folder: Path, files: Any) -> str | None:
-    """Compare files with what describe_files said of them; returns as verify_folder."""
+    """Compare files with the output of describe_files; returns as verify_folder."""
     root = os.path.realpath(folder)
     try:
         entries = [(n, os.path.realpath(folder / n), entry["bytes"], entry["sha256"]) for n, entry in files.items()]
@@ -298,85 +276,3 @@ def verify_files(folder: Path, files: Any) -> str | None:
         if hash_file(path) != sha256:
             return f"{path} is damaged: checksum differs"
     return None
-
-
-@contextmanager
-def lock(folder: Path, name: str) -> Iterator[None]:
-    """Make a folder and be its only writer; locks of different names do not exclude each other.
-
-    The system releases the lock however its holder ends, and workers forked from it never hold it.
-
-    Raises:
-        UserError: another process holds it; the message names pid and host.
-    """
-    made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
-    for parent in reversed(made):
-        parent.mkdir(exist_ok=True)
-        sync(parent.parent)
-    path = folder / f".{name}.lock"
-    try:
-        descriptor = _take(path, folder)
-        try:
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
-            yield
-        finally:
-            with suppress(OSError):  # a disk gone read-only must not hide what went wrong
-                path.unlink()
-            os.close(descriptor)
-    finally:
-        for parent in made:  # a refused run leaves nothing behind
-            with suppress(OSError):
-                parent.rmdir()
-
-
-def _take(path: Path, folder: Path) -> int:
-    while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
-        try:
-            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(os.fstat(descriptor), os.stat(path)):
-                return descriptor
-        except FileNotFoundError:
-            pass  # the last holder removed it between open and lock: try anew
-        except BlockingIOError:
-            time.sleep(0.2)  # the holder may be just about to write who it is
-            holder = os.pread(descriptor, 300, 0).decode(errors="replace") or "another process"
-            os.close(descriptor)
-            raise UserError(f"output-dir: {folder} is in use by {holder}") from None
-        os.close(descriptor)
-
-
-def check_output_dir(path: Path, is_ours: bool, maker: str, overwrite: bool, inputs: Iterable = ()) -> None:
-    """Refuse an output folder that is not safe to write.
-
-    Args:
-        path: the folder given.
-        is_ours: it carries this program's mark.
-        maker: the script's name, for the message.
-        overwrite: the user allowed replacing what is there.
-        inputs: folders that are read; names of what is no folder here are left aside.
-    Raises:
-        UserError: a file, a link, a place like / or home, a folder with other content or with an input.
-    """
-    if path.is_symlink():
-        raise UserError(f"output-dir: {path} is a symbolic link to {os.readlink(path)}; give that")
-    if path.exists() and not path.is_dir():
-        raise UserError(f"output-dir: {path} is a file, expected a directory")
-    full = path.resolve()
-    if full in (Path("/"), Path.home().resolve()) or Path.cwd().resolve().is_relative_to(full):
-        raise UserError(f"output-dir: refusing to use {path}; give a folder of its own")
-    for given in filter(os.path.isdir, inputs):
-        folder = Path(given).resolve()
-        if full.is_relative_to(folder) or folder.is_relative_to(full):
-            raise UserError(f"output-dir: refusing to use {path}; {given} is read, give a folder of its own")
-    inside = list(path.iterdir()) if path.is_dir() else []
-    leftovers = [p for p in inside if p.name[0] == "." and p.name.endswith((PARTIAL, OLD, ".lock"))]
-    if len(inside) > len(leftovers) and not is_ours and not overwrite:
-        raise UserError(f"output-dir: {path} is not empty and not made by {maker}; use another or --overwrite")
-    link = next((p for p in inside if p.is_symlink()), None)
-    if link:
-        raise UserError(f"output-dir: {link} is a symbolic link; remove it")
-    parent = next(p for p in (full, *full.parents) if p.exists())
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise UserError(f"output-dir: {path} is not writable")

@@ -45,7 +45,7 @@ def prepare():
         argv = ["--output-dir", folder, "--model-name", model, *flags, "--input-path", *books]
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("sys.argv", ["prepare_data.py", *map(str, argv)])
-            prepare_data.main()
+            prepare_data.main(prepare_data.parse_args())
         return folder
 
     return run_prepare

@@ -1,4 +1,4 @@
-"""utils/storage.py by itself: who holds it, who is told, and what is left."""
+"""utils/output_dir.py by itself: who holds it, who is told, and what is left."""
 
 import fcntl
 import os
@@ -9,9 +9,10 @@ from contextlib import suppress
 
 import pytest
 
-import utils.storage
+import utils.output_dir
 from utils.errors import UserError
-from utils.storage import OLD, PARTIAL, check_output_dir, lock
+from utils.output_dir import check_output_dir, lock
+from utils.storage import OLD, PARTIAL
 
 
 @pytest.fixture
@@ -71,8 +72,8 @@ def test_a_longer_name_before_leaves_no_rest(tmp_path):
 
 
 def test_folders_are_made_and_synced_and_go_again_when_nothing_was_written(tmp_path, monkeypatch):
-    synced, real = [], utils.storage.sync
-    monkeypatch.setattr(utils.storage, "sync", lambda path: (synced.append(path), real(path)))
+    synced, real = [], utils.output_dir.sync
+    monkeypatch.setattr(utils.output_dir, "sync", lambda path: (synced.append(path), real(path)))
     with pytest.raises(KeyError), lock(tmp_path / "a" / "b", "train"):
         raise KeyError
     assert synced == [tmp_path, tmp_path / "a"]
