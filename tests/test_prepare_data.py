@@ -5,11 +5,14 @@ import shutil
 import signal
 
 import pytest
-from conftest import make_book
+from conftest import make_book, replace
 
+import prepare_data  # noqa: F401 (replace() finds what it has imported)
+import utils.data.text
 from utils.data.blocks import open_blocks
 from utils.data.tokenizer import fingerprint_tokenizer, load_tokenizer, train_tokenizer
-from utils.storage import MANIFEST, describe_files, read_json
+from utils.evaluation import ngrams
+from utils.storage import MANIFEST, describe_files, read_json, read_sealed, write_sealed
 
 
 @pytest.fixture
@@ -52,7 +55,7 @@ def decode_split(folder, split):
 
 
 def test_the_summary_says_what_the_manifest_says(prepare, book, tmp_path):
-    text = book.read_text()
+    content = book.read_text()
     code, out, err = prepare()
     assert code == 0
     manifest = read_json(tmp_path / "blocks" / MANIFEST)
@@ -60,8 +63,8 @@ def test_the_summary_says_what_the_manifest_says(prepare, book, tmp_path):
     n_tokens = train["tokens"] + validation["tokens"]
     lines = dict(line.split("  ", 1) for line in (row.strip() for row in out.splitlines()) if "  " in line)
     lines = {name: value.strip() for name, value in lines.items()}
-    assert lines["text"] == f"{len(text):,} characters, {len(text.split()):,} words"
-    assert lines["tokens"] == f"{n_tokens:,}, {len(text.encode()) / n_tokens:.2f} bytes a token"
+    assert lines["text"] == f"{len(content):,} characters, {len(content.split()):,} words"
+    assert lines["tokens"] == f"{n_tokens:,}, {len(content.encode()) / n_tokens:.2f} bytes per token"
     for name, counts in (("training", train), ("validation", validation)):
         assert lines[name] == (
             f"{counts['segments']} segments, {counts['tokens']:,} tokens -> {counts['blocks']:,} blocks of 32 "
@@ -69,10 +72,10 @@ def test_the_summary_says_what_the_manifest_says(prepare, book, tmp_path):
         )
         assert counts["blocks"] == counts["tokens"] // 32
         assert counts["tail_tokens"] == counts["tokens"] % 32
-    assert lines["leaks"].startswith(f"0 of {validation['tokens'] - 31:,} 32-token runs")
-    assert lines["steps an epoch"].startswith(f"{math.ceil(train['blocks'] / 8):,} ")
+    assert lines["leakage"].startswith(f"0 of {validation['tokens'] - 31:,} 32-token n-grams")
+    assert lines["steps per epoch"].startswith(f"{math.ceil(train['blocks'] / 8):,} ")
     assert validation["segments"] >= 3
-    assert validation["chars"] == pytest.approx(0.1 * len(text), rel=0.3)
+    assert validation["chars"] == pytest.approx(0.1 * len(content), rel=0.3)
     assert out.endswith("next: python finetune_generative.py\n")
     assert "the book is very small" in err
 
@@ -100,16 +103,16 @@ def test_warnings_fit_the_book(prepare, tmp_path):
     long_book.write_text(make_book(1_600))
     code, _, err = prepare("--input-path", long_book)
     assert (code, err) == (0, "")
-    # Two books of the same paragraphs: what is held out of one stands in the other.
+    # The same paragraphs twice: the validation text of one half stands in the other.
     twice.write_text(make_book(100) + "\n" + make_book(100))
     code, out, err = prepare("--input-path", twice, to="twice")
     assert code == 0
     assert "validation repeats training" in err
-    overlap = read_json(tmp_path / "twice" / MANIFEST)["overlap"]
-    assert overlap["leaked_ngrams"] > 0.5 * overlap["validation_ngrams"]
-    assert 0.3 < overlap["repeated_share"] < 0.6
-    assert f"{overlap['leaked_ngrams']:,} of {overlap['validation_ngrams']:,} 32-token runs" in out
-    assert f"{overlap['repeated_share']:.2%}" in out
+    leakage = read_json(tmp_path / "twice" / MANIFEST)["leakage"]
+    assert leakage["leaked_ngrams"] > 0.5 * leakage["validation_ngrams"]
+    assert 0.3 < leakage["repeated_share"] < 0.6
+    assert f"{leakage['leaked_ngrams']:,} of {leakage['validation_ngrams']:,} 32-token n-grams" in out
+    assert f"{leakage['repeated_share']:.2%}" in out
     foreign = tmp_path / "foreign.txt"
     foreign.write_text("\n\n".join(f"QXZ{i}: ZXQJ\u00e9 VWKQ?" for i in range(500)))
     assert "does not fit this text" in prepare("--input-path", foreign, to="foreign").err
@@ -130,11 +133,11 @@ def test_folders_and_files_in_the_order_given(prepare, library, book, tmp_path):
     assert names == ["book.txt", "a.txt", "b.txt", "c.md"]
 
 
-# Whole files kept aside
+# Whole files for validation
 
 
 @pytest.mark.parametrize("lies_inside", [True, False])
-def test_val_path_keeps_whole_files_aside(prepare, library, tmp_path, lies_inside):
+def test_val_path_takes_whole_files(prepare, library, tmp_path, lies_inside):
     folder, texts = library
     validation = folder / "b.txt"
     if not lies_inside:
@@ -268,6 +271,19 @@ def test_overwrite_replaces_a_folder_whose_manifest_is_damaged(prepare, tmp_path
     assert "up to date" in prepare().out
 
 
+def test_a_folder_of_an_older_format_is_refused_until_overwrite(prepare, tmp_path):
+    assert prepare().code == 0
+    folder = tmp_path / "blocks"
+    write_sealed(folder, read_sealed(folder) | {"format": 1})
+    before = snapshot(folder)
+    code, _, err = prepare()
+    assert (code, err.count("\n")) == (2, 1)
+    assert err.endswith("has format 1, expected 2; run prepare_data.py again with --overwrite\n")
+    assert snapshot(folder) == before
+    assert prepare("--overwrite").code == 0
+    assert read_json(folder / MANIFEST)["format"] == 2
+
+
 def test_overwrite_leaves_nothing_of_the_old_folder(prepare, tmp_path):
     (tmp_path / "blocks").mkdir()
     (tmp_path / "blocks" / "notes.md").write_text("mine")
@@ -297,7 +313,7 @@ def test_a_failure_halfway_leaves_the_folder_as_it_was(prepare, tmp_path, monkey
         assert prepare().code == 0
     before = snapshot(tmp_path)
 
-    monkeypatch.setattr("utils.evaluation.ngrams.measure_leakage", lambda *_: signal.raise_signal(signal.SIGINT))
+    replace(ngrams, "measure_leakage", lambda *_: signal.raise_signal(signal.SIGINT), monkeypatch.setattr)
     assert prepare("--seed", 7, "--overwrite").code == 130
     assert snapshot(tmp_path) == before
     assert [p.name for p in tmp_path.iterdir()] == (["blocks"] if had_one_before else [])
@@ -307,11 +323,11 @@ def test_a_book_that_changes_while_it_is_read_is_refused(prepare, tmp_path, monk
     path = tmp_path / "book.txt"
     path.write_text(make_book(100))
 
-    def plan(*_):
+    def change(*_):
         path.write_text(make_book(101))
         return []
 
-    monkeypatch.setattr("utils.data.text.choose_validation_spans", plan)
+    replace(utils.data.text, "choose_validation_spans", change, monkeypatch.setattr)
     code, _, err = prepare("--input-path", path)
     assert code == 2
     assert "changed while it was read; try again" in err

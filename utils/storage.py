@@ -69,8 +69,8 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Replace a JSON file atomically. NaN and infinity raise ValueError: they are not JSON."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    """Replace a JSON file atomically; paths become strings, NaN and infinity raise ValueError."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False, default=os.fspath) + "\n")
 
 
 def read_json(path: Path, what: str = "") -> dict:
@@ -89,6 +89,12 @@ def read_json(path: Path, what: str = "") -> dict:
     if not isinstance(value, dict):
         raise UserError(f"{what}{path} is damaged: not a JSON object")
     return value
+
+
+def diff_settings(before: Any, now: dict) -> tuple[str, Any, Any] | None:
+    """Return the first of the settings `now` that differs, as (name, before, now), or None."""
+    before = before if isinstance(before, dict) else {}  # read from a file: it may be damaged
+    return next(((name, before.get(name), value) for name, value in now.items() if before.get(name) != value), None)
 
 
 def sweep(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Blocks: what is stored is the text, places in it are found again, batches are arithmetic."""
+"""Blocks: what is stored is the text, positions in it are found again, batches are arithmetic."""
 
 import itertools
 import shutil
@@ -82,17 +82,17 @@ def check_text(folder, paths, tokenizer):
 # What is stored
 
 
-def test_decoding_gives_back_every_passage(prepared, book, tiny_model):
+def test_decoding_gives_back_every_segment(prepared, book, tiny_model):
     left_out = check_text(prepared, [book], load_tokenizer(tiny_model))
     assert left_out == sum(s["tail_tokens"] for s in read_json(prepared / MANIFEST)["splits"].values())
 
 
-def test_decoding_gives_back_every_passage_of_three_books(three_books, tiny_model):
+def test_decoding_gives_back_every_segment_of_three_books(three_books, tiny_model):
     paths, folder = three_books
     check_text(folder, paths, load_tokenizer(tiny_model))
 
 
-def test_the_passages_are_those_that_the_plan_chose_over_all_books(three_books):
+def test_the_segments_are_those_chosen_over_all_books(three_books):
     texts = [read_book(path)[0] for path in three_books[0]]
     offsets = [0, *itertools.accumulate(map(len, texts))]
     intervals = choose_validation_spans(offsets.pop(), 0.25, 49)
@@ -112,7 +112,7 @@ def test_end_of_text_stands_exactly_between_books(three_books, tiny_model):
     for split in SPLITS:
         expected = [s["tokens"][1] for s in lasts[:2] if s["split"] == split]
         stream = stream_of(blocks, split)
-        assert [place for place, token in enumerate(stream) if token == eos] == expected
+        assert [position for position, token in enumerate(stream) if token == eos] == expected
         # Nothing else stands between the segments.
         mine = [s["tokens"] for s in spans if s["split"] == split]
         for (_, end), (start, _) in itertools.pairwise(mine):
@@ -156,28 +156,28 @@ def test_validation_and_training_share_no_character(three_books, prepared, book)
 
 
 def test_no_paragraph_of_validation_stands_in_training(prepared, tiny_model):
-    """The book repeats no paragraph, so none of the held-out ones may be in the training blocks."""
+    """The book repeats no paragraph, so no validation paragraph may be in the training blocks."""
     blocks, tokenizer = open_blocks(prepared), load_tokenizer(tiny_model)
     text = {split: tokenizer.decode(stream_of(blocks, split)) for split in SPLITS}
     validation = text["validation"].split("\n\n")
     assert len(validation) > 15
     assert not [p for p in validation[:-1] if p in text["train"]]  # the last is cut off by the tail
-    assert blocks.manifest["overlap"]["leaked_ngrams"] == 0
+    assert blocks.manifest["leakage"]["leaked_ngrams"] == 0
 
 
 # Places
 
 
-def blocks_of_passages(n_passages, n_tokens, block_size=4):
-    """Return Blocks whose validation is n_passages of n_tokens, counting up from 0: an id is its own place."""
-    rows = np.arange(n_passages * n_tokens // block_size * block_size).reshape(-1, block_size)
-    spans = [{"split": "validation", "tokens": [i * n_tokens, (i + 1) * n_tokens]} for i in range(n_passages)]
+def blocks_of_segments(n_segments, n_tokens, block_size=4):
+    """Return Blocks whose validation is n_segments of n_tokens, counting up from 0: an id is its own position."""
+    rows = np.arange(n_segments * n_tokens // block_size * block_size).reshape(-1, block_size)
+    spans = [{"split": "validation", "tokens": [i * n_tokens, (i + 1) * n_tokens]} for i in range(n_segments)]
     validation = Dataset.from_dict({"input_ids": rows.tolist()}).with_format("torch")
     return Blocks(Path(), {"block_size": block_size, "spans": spans}, None, validation)
 
 
 class Spelling:
-    """Takes a tokenizer's place: the ids named decode to what is said, all others to a word."""
+    """Stands in for a tokenizer: the ids named decode to what is said, all others to a word."""
 
     def __init__(self, said=()):
         self.said = dict(said)
@@ -199,7 +199,7 @@ def test_spans_end_where_the_blocks_do(three_books):
         spans, n_ids = blocks.spans(split), len(blocks.ids(split))
         assert [span for *_, span in spans] == [s for s in blocks.manifest["spans"] if s["split"] == split]
         assert [(a, b) for a, b, _ in spans] == [(s["tokens"][0], min(s["tokens"][1], n_ids)) for *_, s in spans]
-    assert [b for _, b, _ in blocks_of_passages(5, 11).spans("validation")] == [11, 22, 33, 44, 52]
+    assert [b for _, b, _ in blocks_of_segments(5, 11).spans("validation")] == [11, 22, 33, 44, 52]
 
 
 @settings(max_examples=60, deadline=None)
@@ -213,18 +213,18 @@ def test_picked_values_are_spread(n_values, count):
 
 @pytest.mark.parametrize("length", [1, 4, 5, 12, 13])
 @pytest.mark.parametrize("count", [0, 1, 2, 5, 7, 999])
-def test_stretches_lie_within_passages_and_nowhere_twice(length, count):
-    found = [ids.tolist() for ids in blocks_of_passages(5, 12).windows("validation", length, count)]
+def test_windows_lie_within_segments_without_overlap(length, count):
+    found = [ids.tolist() for ids in blocks_of_segments(5, 12).windows("validation", length, count)]
     assert len(found) == min(count, 5 * (12 // length))
     assert all(ids == list(range(ids[0], ids[0] + length)) for ids in found)
     assert all(ids[0] // 12 == ids[-1] // 12 for ids in found), "within a segment"
-    places = [place for ids in found for place in ids]
-    assert places == sorted(set(places)), "in the book's order, none twice"
+    positions = [position for ids in found for position in ids]
+    assert positions == sorted(set(positions)), "in the book's order, none twice"
     if count >= 5 and found:
         assert {ids[0] // 12 for ids in found} == set(range(5)), "from every segment"
 
 
-def test_stretches_are_the_books(three_books, tiny_model):
+def test_windows_are_text_of_the_books(three_books, tiny_model):
     paths, folder = three_books
     blocks, tokenizer = open_blocks(folder), load_tokenizer(tiny_model)
     texts = [read_book(path)[0] for path in paths]
@@ -235,57 +235,57 @@ def test_stretches_are_the_books(three_books, tiny_model):
         assert all(any(text.strip("\ufffd") in segment for segment in segments) for text in found)
 
 
-def test_a_run_of_training_tokens_is_located_in_its_book(three_books, tiny_model):
-    """From the named character to the segment's end, the book has what the tokens from that place on decode to."""
+def test_a_training_ngram_is_located_in_its_book(three_books, tiny_model):
+    """From the named character to the segment's end, the book has what the tokens from that position on decode to."""
     paths, folder = three_books
     blocks, tokenizer = open_blocks(folder), load_tokenizer(tiny_model)
     texts, ids, seen = [read_book(path)[0] for path in paths], blocks.ids("train"), set()
     for a, b, span in blocks.spans("train"):
         book, (first, last), is_whole = texts[span["book"]], span["chars"], b == span["tokens"][1]
-        for place in {a, a + 1, b - 9, *range(a, b - 9, 61)}:
-            rest = tokenizer.decode(ids[place:b])
+        for position in {a, a + 1, b - 9, *range(a, b - 9, 61)}:
+            rest = tokenizer.decode(ids[position:b])
             if rest.startswith("\ufffd"):  # in the middle of a character
                 continue
-            found = blocks.locate(place, 9, tokenizer)
+            found = blocks.locate(position, 9, tokenizer)
             char = found["char"]
             assert book[char:last] == rest if is_whole else book[char:last].startswith(rest.rstrip("\ufffd"))
             assert (found["tokens"], found["book"]) == (9, paths[span["book"]].name)
             assert found["share"] == char / len(book)
-            assert found["text"] == tokenizer.decode(ids[place : place + 9])
+            assert found["text"] == tokenizer.decode(ids[position : position + 9])
             assert book[first:char].endswith(found["before"].lstrip("\ufffd")), "from this segment"
-            assert (found["before"] == "") == (place == a)
-            assert (found["after"] == "") == (place + 9 == b)
+            assert (found["before"] == "") == (position == a)
+            assert (found["after"] == "") == (position + 9 == b)
             if not found["text"].endswith("\ufffd"):
                 assert book[char:last].startswith((found["text"] + found["after"]).rstrip("\ufffd"))
             seen.add(found["book"])
     assert seen == {path.name for path in paths}
 
 
-def places_of(run, stream):
-    return [i for i in range(len(stream) - len(run) + 1) if stream[i : i + len(run)] == run]
+def positions_of(ngram, stream):
+    return [i for i in range(len(stream) - len(ngram) + 1) if stream[i : i + len(ngram)] == ngram]
 
 
 @pytest.mark.parametrize("count", [1, 3, 25])
-def test_openings_are_the_beginnings_of_held_out_paragraphs(three_books, tiny_model, count):
+def test_prompts_are_the_beginnings_of_validation_paragraphs(three_books, tiny_model, count):
     blocks, tokenizer = open_blocks(three_books[1]), load_tokenizer(tiny_model)
     stream, spans, begins = stream_of(blocks, "validation"), blocks.spans("validation"), []
     pairs = blocks.validation_prompts(tokenizer, count, 11, 9)
     assert len(pairs) == count
     for ids, following in pairs:
         assert (len(ids), len(following)) == (11, 9)
-        [place] = places_of(ids + following, stream)
-        [start] = [a for a, b, _ in spans if a <= place and place + 20 <= b]
-        before = tokenizer.decode(stream[start:place])
+        [position] = positions_of(ids + following, stream)
+        [start] = [a for a, b, _ in spans if a <= position and position + 20 <= b]
+        before = tokenizer.decode(stream[start:position])
         assert before.strip("\n") == "" or before.endswith("\n\n"), before
-        assert place == start or not tokenizer.decode(ids).startswith("\n")
-        begins.append(place)
+        assert position == start or not tokenizer.decode(ids).startswith("\n")
+        begins.append(position)
     assert begins == sorted(set(begins))
     assert count < 3 or len({a for a, b, _ in spans for i in begins if a <= i < b}) > 1, "from more than one segment"
 
 
 @pytest.mark.parametrize(("count", "chosen"), [(0, []), (1, [0]), (2, [0, 2]), (3, [0, 1, 3]), (5, [0, 1, 2, 3, 4])])
-def test_openings_are_spread_over_the_passages(count, chosen):
-    pairs = blocks_of_passages(5, 12).validation_prompts(Spelling(), count, 3, 6)
+def test_prompts_are_spread_over_the_segments(count, chosen):
+    pairs = blocks_of_segments(5, 12).validation_prompts(Spelling(), count, 3, 6)
     starts = [12 * i for i in chosen]
     assert pairs == [(list(range(s, s + 3)), list(range(s + 3, s + 9))) for s in starts]
 
@@ -294,9 +294,9 @@ def starts_of(pairs):
     return [ids[0] for ids, _ in pairs]
 
 
-def test_paragraphs_begin_an_opening_then_lines_then_sentences_then_any_token():
-    """Passages of 12 tokens, where a validation prompt of 9 may begin at the first 4."""
-    blocks = blocks_of_passages(5, 12)
+def test_prompts_start_at_paragraphs_then_lines_then_sentences_then_any_token():
+    """Segments of 12 tokens, where a validation prompt of 9 may begin at the first 4."""
+    blocks = blocks_of_segments(5, 12)
     paragraphs = {1: "\n", 2: "\n", 13: ".\n\n", 50: "\n", 51: "\n"}  # 52 is too late for a validation prompt
     lines = {24: " \n", 37: "\n"}
     sentences = {25: '?"', 38: ".", 48: ".", 49: "dot", 39: "3.5"}  # 49 does not begin with a space
@@ -329,16 +329,16 @@ def test_paragraphs_begin_an_opening_then_lines_then_sentences_then_any_token():
     ]
 
 
-def test_no_opening_reaches_over_the_end_of_a_passage():
-    assert blocks_of_passages(5, 11).validation_prompts(Spelling(), 2, 3, 9) == []
+def test_no_prompt_reaches_over_the_end_of_a_segment():
+    assert blocks_of_segments(5, 11).validation_prompts(Spelling(), 2, 3, 9) == []
     # 55 tokens in blocks of 4: the last 3 were left out, so the last segment has 8.
     for next_tokens, last in ((5, 44), (6, 35)):
-        pairs = blocks_of_passages(5, 11).validation_prompts(Spelling(), 99, 3, next_tokens)
+        pairs = blocks_of_segments(5, 11).validation_prompts(Spelling(), 99, 3, next_tokens)
         assert all(ids + after == list(range(ids[0], ids[0] + 3 + next_tokens)) for ids, after in pairs)
         assert all(ids[0] // 11 == after[-1] // 11 for ids, after in pairs)
         assert starts_of(pairs)[-1] == last
         assert len(pairs) == 4 * (11 - 3 - next_tokens + 1) + (last == 44)
-    assert len(blocks_of_passages(5, 11).validation_prompts(Spelling(), 5, 3, 5)) == 5
+    assert len(blocks_of_segments(5, 11).validation_prompts(Spelling(), 5, 3, 5)) == 5
 
 
 # Opening a folder
@@ -354,13 +354,13 @@ def test_a_data_folder_is_opened_as_it_was_written(prepared):
     assert blocks.id_range() == (min(ids), max(ids))
 
 
-@pytest.mark.parametrize("place", [0, 0.3, 0.5, 0.9, -1])
+@pytest.mark.parametrize("position", [0, 0.3, 0.5, 0.9, -1])
 @pytest.mark.parametrize("split", SPLITS)
-def test_a_flipped_bit_is_refused(prepared, tmp_path, split, place):
+def test_a_flipped_bit_is_refused(prepared, tmp_path, split, position):
     folder = shutil.copytree(prepared, tmp_path / "blocks")
     [path] = (folder / split).glob("*.arrow")
     raw = bytearray(path.read_bytes())
-    raw[int(place * len(raw)) if place >= 0 else -1] ^= 1
+    raw[int(position * len(raw)) if position >= 0 else -1] ^= 1
     path.write_bytes(raw)
     with pytest.raises(UserError, match=rf"{split}/data.*arrow is damaged: checksum differs; run prepare_data.py"):
         open_blocks(folder)
@@ -391,6 +391,20 @@ def test_a_folder_between_two_preparations_is_refused(prepared, tmp_path):
     changed = {"files": {"train/data": {"bytes": 1, "sha256": "0"}}, "replaces": manifest["files"]}
     write_sealed(folder, manifest | changed)
     with pytest.raises(UserError, match="its preparation was cut short"):
+        open_blocks(folder)
+
+
+@pytest.mark.parametrize(
+    ("made", "says"),
+    [
+        (1, r"data: .*blocks has format 1, expected 2; run prepare_data.py again with --overwrite"),
+        (3, r"data: format 3 is newer than this program \(2\)"),
+    ],
+)
+def test_another_format_is_refused(prepared, tmp_path, made, says):
+    folder = shutil.copytree(prepared, tmp_path / "blocks")
+    write_sealed(folder, read_json(folder / MANIFEST) | {"format": made})
+    with pytest.raises(UserError, match=says):
         open_blocks(folder)
 
 
@@ -444,7 +458,7 @@ def test_each_epoch_and_each_seed_has_its_own_order():
     assert tuple(range(40)) not in first_epochs(1)
 
 
-def test_accumulation_divides_the_same_update():
+def test_accumulation_divides_the_same_step():
     """4 x 1 and 2 x 2 are the same blocks in the same order."""
     for step in range(30):
         wide, deep = (BatchOrder(37, b, a, 5).step_batches(step) for b, a in ((4, 1), (2, 2)))

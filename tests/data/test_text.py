@@ -20,10 +20,10 @@ TEXT = st.lists(PIECE | st.text(max_size=8), max_size=60).map("".join)
 
 def split_books(texts, val_split, seed):
     """Split several books as prepare_data.py does; segments by book."""
-    intervals = choose_validation_spans(sum(map(len, texts)), val_split, seed)
+    spans = choose_validation_spans(sum(map(len, texts)), val_split, seed)
     offset, found = 0, []
     for index, text in enumerate(texts):
-        found.append(list(split_book(text, index, offset, intervals)))
+        found.append(list(split_book(text, index, offset, spans)))
         offset += len(text)
     return found
 
@@ -41,7 +41,6 @@ def check_cover(texts, found):
         for p in segments:
             assert (p.book_index, p.start, p.text) == (index, position, text[p.start : p.end])
             assert p.end > p.start
-            assert p.ends_book == (p.end == len(text))
             position = p.end
         assert position == len(text)
 
@@ -124,7 +123,7 @@ def test_a_loop_of_links_is_left_for_read_book_to_explain(tmp_path):
     val_split=st.sampled_from([0.0, 0.01, 0.1, 0.3, 0.5, 0.9, 0.99]),
     seed=st.integers(0, 2**32 - 1),
 )
-def test_every_character_stands_in_exactly_one_passage(texts, val_split, seed):
+def test_every_character_stands_in_exactly_one_segment(texts, val_split, seed):
     found = split_books(texts, val_split, seed)
     check_cover(texts, found)
     for segments in found:
@@ -133,24 +132,24 @@ def test_every_character_stands_in_exactly_one_passage(texts, val_split, seed):
 
 @settings(max_examples=100, deadline=None)
 @given(n_chars=st.integers(0, 10**8), val_split=st.floats(0, 0.999), seed=st.integers(0, 2**32 - 1))
-def test_planned_intervals_are_in_order_inside_and_apart(n_chars, val_split, seed):
-    intervals = choose_validation_spans(n_chars, val_split, seed)
-    ends = [place for interval in intervals for place in interval]
+def test_chosen_spans_are_in_order_inside_and_apart(n_chars, val_split, seed):
+    spans = choose_validation_spans(n_chars, val_split, seed)
+    ends = [position for span in spans for position in span]
     assert ends == sorted(ends)
     assert not ends or (ends[0] >= 0 and ends[-1] <= n_chars)
-    assert sum(b - a for a, b in intervals) == pytest.approx(val_split * n_chars, abs=len(intervals) + 1)
-    assert not intervals or len(intervals) >= 3
+    assert sum(b - a for a, b in spans) == pytest.approx(val_split * n_chars, abs=len(spans) + 1)
+    assert not spans or len(spans) >= 3
     third = n_chars / 3
     if val_split * n_chars >= 3:
         for part in range(3):
-            assert any(a < third * (part + 1) and b > third * part for a, b in intervals)
+            assert any(a < third * (part + 1) and b > third * part for a, b in spans)
 
 
-def test_each_third_has_a_passage_however_many_there_are():
+def test_each_third_has_a_segment_however_many_there_are():
     for n_chars in range(10_000, 300_000, 5_000):
         for seed in range(20):
             middles = [(a + b) / 2 / n_chars for a, b in choose_validation_spans(n_chars, 0.1, seed)]
-            assert {int(3 * place) for place in middles} == {0, 1, 2}
+            assert {int(3 * position) for position in middles} == {0, 1, 2}
 
 
 @pytest.mark.parametrize("val_split", [0.05, 0.1, 0.2, 0.5])
@@ -168,7 +167,7 @@ def test_validation_of_the_sample_book_stands_for_the_whole_book(sample, val_spl
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_passages_are_cut_at_paragraph_ends(sample, seed):
+def test_segments_are_cut_at_paragraph_ends(sample, seed):
     [segments] = split_books([sample], 0.1, seed)
     for p in segments[1:]:
         assert sample[p.start - 2 : p.start] == "\n\n"
@@ -185,14 +184,14 @@ def test_the_share_is_kept_over_several_books(sample):
     assert sum(len(p.text) for p in validation) == pytest.approx(0.1 * len(sample), rel=0.3)
 
 
-def test_a_passage_planned_across_two_books_is_kept_in_both():
+def test_a_span_across_two_books_is_kept_in_both():
     found = [list(split_book("x" * 100, index, 100 * index, [(90, 130), (150, 160)])) for index in (0, 1)]
     check_cover(["x" * 100] * 2, found)
     validation = [[(p.start, p.end) for p in segments if p.split == "validation"] for segments in found]
     assert validation == [[(90, 100)], [(0, 30), (50, 60)]]
 
 
-def test_overlapping_intervals_still_cover_each_character_once():
+def test_overlapping_spans_still_cover_each_character_once():
     found = list(split_book("x" * 100, 0, 0, [(10, 50), (49, 80), (60, 70)]))
     check_cover(["x" * 100], [found])
     assert [(p.start, p.end) for p in found if p.split == "validation"] == [(10, 50), (50, 80)]
@@ -204,7 +203,7 @@ def test_the_indent_of_a_paragraph_stays_with_it():
     assert {"    Indented", "\tTabbed one.", "Plain.Some w", "Plain."} == set(starts)
 
 
-def test_a_book_without_paragraphs_is_cut_at_the_next_best_place():
+def test_a_book_without_paragraphs_is_cut_at_the_next_best_position():
     lines = "One line of verse\n" * 2_000
     sentences = "One sentence of it. " * 2_000
     words = "word " * 8_000

@@ -101,14 +101,14 @@ def newer_bpe():
     return trained(pre_tokenizers.Sequence([split, byte_level]), decoders.ByteLevel())
 
 
-def segment(text, split="train", book_index=0, ends_book=False):
-    return Segment(split, book_index, 0, len(text), ends_book, text)
+def segment(text, split="train", book_index=0):
+    return Segment(split, book_index, 0, len(text), text)
 
 
 def stored_ids(folder, tokenizer, texts):
     """Write texts as segments of one book and read the stored tokens of each back."""
     folder.mkdir()
-    writer = TokenWriter(folder, tokenizer, 1)
+    writer = TokenWriter(folder, tokenizer)
     for text in texts:
         writer.write(segment(text))
     stream = writer.open_tokens()["train"].tolist()
@@ -187,7 +187,7 @@ def test_end_of_text_typed_in_a_book_stays_text(gpt2, byte_bpe, tmp_path):
 @pytest.mark.parametrize(
     "build", [lambda: metaspace("always"), lambda: metaspace("first"), newer_bpe], ids=["always", "first", "newer"]
 )
-def test_a_tokenizer_that_sees_the_cuts_gets_whole_passages(build, tmp_path):
+def test_a_tokenizer_that_sees_the_cuts_gets_whole_segments(build, tmp_path):
     tokenizer = build()
     whole = whole_ids(tokenizer, ENGLISH)
     assert encode_text(tokenizer, tokens.PIECE_CUT.split(ENGLISH)) != whole
@@ -247,9 +247,9 @@ def test_ids_above_65535_come_back_exactly(tmp_path):
     from datasets import load_from_disk
 
     text = "".join(map(chr, [65_535, 65_536, 65_540, 69_999, 66, 0x10FFF, 65_599, 7])) * 5
-    writer = TokenWriter(tmp_path, BigVocabulary(), n_books=2)
-    for split in ("train", "validation"):
-        writer.write(segment(text, split, ends_book=split == "validation"))
+    writer = TokenWriter(tmp_path, BigVocabulary())
+    for split, book_index in (("train", 0), ("validation", 0), ("train", 1)):
+        writer.write(segment(text if book_index == 0 else "", split, book_index))
     stored = writer.open_tokens()
     assert stored["train"].dtype == np.uint32
     assert stored["train"].tolist() == list(map(ord, text))
@@ -263,22 +263,31 @@ def test_an_id_beyond_the_tokenizers_own_vocabulary_is_refused(tmp_path):
     tokenizer = BigVocabulary()
     tokenizer.size = 50_000  # stored in uint16, which 69999 would wrap around
     with pytest.raises(UserError, match="id 69999 is beyond its own vocabulary of 50000"):
-        TokenWriter(tmp_path, tokenizer, 1).write(segment(chr(69_999)))
+        TokenWriter(tmp_path, tokenizer).write(segment(chr(69_999)))
 
 
 def test_counts_and_spans_of_a_writer(byte_bpe, tmp_path):
-    writer = TokenWriter(tmp_path, byte_bpe, n_books=2)
-    texts = [("train", 0, "The light.\n\n", False), ("validation", 0, "Caf\u00e9 sea.\n", True)]
-    texts += [("train", 1, "Second book.", False), ("validation", 1, "End.", True)]
-    for split, book_index, text, ends in texts:
-        writer.write(segment(text, split, book_index, ends))
+    writer = TokenWriter(tmp_path, byte_bpe)
+    texts = [("train", 0, "The light.\n\n"), ("validation", 0, "Caf\u00e9 sea.\n")]
+    texts += [("train", 1, "Second book."), ("validation", 1, "End.")]
+    for split, book_index, text in texts:
+        writer.write(segment(text, split, book_index))
     stored, eos = writer.open_tokens(), byte_bpe.eos_token_id
     assert writer.n_tokens == {split: len(ids) for split, ids in stored.items()}
-    for (split, book_index, text, _), span in zip(texts, writer.spans, strict=True):
+    for (split, book_index, text), span in zip(texts, writer.spans, strict=True):
         assert (span["split"], span["book"], span["bytes"]) == (split, book_index, len(text.encode()))
         assert byte_bpe.decode(stored[split][slice(*span["tokens"])].tolist()) == text
     assert eos not in stored["train"]  # no text ends there
     assert np.flatnonzero(stored["validation"] == eos).tolist() == [writer.spans[1]["tokens"][1]]
+    for split, ids in stored.items():
+        mine = [text for name, _, text in texts if name == split]
+        assert writer.count_split(split, 3) == {
+            "segments": 2, "chars": len("".join(mine)), "bytes": len("".join(mine).encode()),
+            "tokens": len(ids), "blocks": len(ids) // 3, "tail_tokens": len(ids) % 3,
+        }  # fmt: skip
+    writer.remove_files()
+    assert list(tmp_path.iterdir()) == []
+    assert len(stored["train"].tolist()) == writer.n_tokens["train"], "still mapped"
 
 
 class WithoutRust:
@@ -291,7 +300,7 @@ class WithoutRust:
         return self.call(*args, **kwargs)
 
 
-def test_the_short_way_through_the_library_gives_the_same_ids(gpt2):
+def test_direct_calls_of_the_rust_library_give_the_same_ids(gpt2):
     text = "A word <|endoftext|> typed,\n\n and caf\u00e9 \u4e2d\u6587 \U0001f600.\n" * 3
     pieces = [text, "", " ", text[5:90]]
     expected = gpt2(pieces, add_special_tokens=False, split_special_tokens=True)["input_ids"]

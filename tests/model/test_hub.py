@@ -39,7 +39,7 @@ def refused_network(monkeypatch):
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    monkeypatch.setattr("utils.model.hub._ask", refuse)
+    monkeypatch.setattr("utils.model.hub._download", refuse)
 
 
 @pytest.mark.parametrize("by", ["a name in the cache", "its folder"])
@@ -226,7 +226,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_sick_hub_is_left_soon_and_the_same_call_goes_on_when_it_is_well(hub, tmp_path, monkeypatch, amount, fault):
+def test_a_failing_hub_is_left_soon_and_the_same_call_succeeds_later(hub, tmp_path, monkeypatch, amount, fault):
     monkeypatch.setattr(utils.model.hub, "STALL_SECONDS", amount(3, utils.model.hub.STALL_SECONDS))
     hub.fault, began = fault, time.monotonic()
     with pytest.raises(
@@ -256,7 +256,7 @@ def test_full_disk_is_named(hub, tmp_path, monkeypatch):
         locate_model("tiny")
 
 
-def test_remains_of_a_download_go_but_not_those_of_another_process(hub, tmp_path, monkeypatch):
+def test_partial_files_are_removed_but_not_those_of_another_process(hub, tmp_path, monkeypatch):
     """And a file that is renamed while the bytes are counted is no defect."""
     from filelock import FileLock
 
@@ -267,7 +267,7 @@ def test_remains_of_a_download_go_but_not_those_of_another_process(hub, tmp_path
     for etag in ("mine", "others"):
         (cache / "blobs" / f"{etag}.12345678.incomplete").write_bytes(b"half")
     with FileLock(locks / "others.lock"):
-        utils.model.hub._remove_remains(cache)
+        utils.model.hub._remove_partial_files(cache)
     assert remains(cache) == ["others.12345678.incomplete"]
     with monkeypatch.context() as patch:
         there = list((cache / "blobs").iterdir())

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from scorer import independent_loss
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import AttentionInterface, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from utils.model import layers
@@ -73,7 +73,7 @@ def test_a_gpu_and_a_compiled_model_keep_their_dropout(pair):
 def test_dropout_drops_at_its_rate_and_keeps_the_mean(rate):
     torch.manual_seed(1)
     values = torch.ones(999, 1001)  # not a whole number of draws
-    out = layers.drop(values, rate)
+    out = layers.fast_dropout(values, rate)
     n, dropped = values.numel(), (out == 0).sum().item()
     assert abs(dropped - n * rate) < 5 * (n * rate * (1 - rate)) ** 0.5
     assert out[out > 0].unique().item() == pytest.approx(1 / (1 - rate), rel=1e-4)
@@ -84,7 +84,7 @@ def test_dropout_drops_at_its_rate_and_keeps_the_mean(rate):
         assert both == pytest.approx(rate**2, abs=5 * rate / n**0.5)
 
 
-def test_dropout_follows_the_seed_and_sleeps_in_evaluation():
+def test_dropout_follows_the_seed_and_is_off_in_evaluation():
     layer, values = layers.FastDropout(0.3), torch.randn(50, 7)
     torch.manual_seed(5)
     first = layer(values)
@@ -92,7 +92,7 @@ def test_dropout_follows_the_seed_and_sleeps_in_evaluation():
     torch.manual_seed(5)
     assert torch.equal(first, layer(values))
     assert layer.eval()(values) is values
-    assert layers.drop(values, 0.0) is values
+    assert layers.fast_dropout(values, 0.0) is values
 
 
 @pytest.mark.parametrize("scaling", [None, 0.3])
@@ -100,24 +100,24 @@ def test_attention_is_sdpas_but_for_what_is_dropped(scaling, monkeypatch):
     torch.manual_seed(2)
     query, key, value = (torch.randn(2, 3, 10, 8).transpose(1, 2).contiguous().transpose(1, 2) for _ in range(3))
     module = torch.nn.Module()
-    module.is_causal = module.drops_cheaply = True
+    module.is_causal = True
     expected, _ = sdpa_attention_forward(module, query, key, value, None, scaling=scaling)
     drops = []
-    monkeypatch.setattr(layers, "drop", lambda weights, rate: drops.append(rate) or weights)
-    found, _ = layers.attend(module, query, key, value, None, dropout=0.25, scaling=scaling)
+    monkeypatch.setattr(layers, "fast_dropout", lambda weights, rate: drops.append(rate) or weights)
+    found, _ = layers.fast_dropout_attention(module, query, key, value, None, dropout=0.25, scaling=scaling)
     assert drops == [0.25]
     assert torch.allclose(found, expected, atol=1e-6)
     assert found.shape == expected.shape == (2, 10, 3, 8)
 
 
 def test_attention_with_a_mask_or_without_dropout_is_left_to_sdpa(monkeypatch):
-    monkeypatch.setattr(layers, "drop", None)
+    monkeypatch.setattr(layers, "fast_dropout", None)
     module = torch.nn.Module()
-    module.is_causal = module.drops_cheaply = True
+    module.is_causal = True
     query = torch.randn(1, 2, 5, 4)
     mask = torch.ones(1, 1, 5, 5, dtype=torch.bool)
     for attention_mask, dropout in ((mask, 0.5), (None, 0.0)):
-        found, _ = layers.attend(module, query, query, query, attention_mask, dropout=dropout)
+        found, _ = layers.fast_dropout_attention(module, query, query, query, attention_mask, dropout=dropout)
         assert found.shape == (1, 5, 2, 4)
 
 
@@ -127,9 +127,9 @@ def test_a_model_in_training_attends_with_our_dropout(pair, monkeypatch):
     for block in model.transformer.h:
         block.attn.attn_dropout.p = block.attn.config.attn_pdrop = 0.5
     rates = []
-    drop = layers.drop
+    drop = layers.fast_dropout
     monkeypatch.setattr(
-        layers, "drop", lambda values, rate: rates.append((values.shape[-2:], rate)) or drop(values, rate)
+        layers, "fast_dropout", lambda values, rate: rates.append((values.shape[-2:], rate)) or drop(values, rate)
     )
     input_ids = torch.ones(1, 8, dtype=torch.long)
     model(input_ids=input_ids, labels=input_ids)
@@ -141,3 +141,40 @@ def test_a_model_in_training_attends_with_our_dropout(pair, monkeypatch):
     model.eval()
     model(input_ids=input_ids, labels=input_ids)
     assert not rates
+
+
+def test_only_this_model_has_the_attention_and_no_file_names_it(pair, tmp_path):
+    plain, fast = pair
+    assert (plain.config._attn_implementation, fast.config._attn_implementation) == ("sdpa", layers.FAST_ATTENTION)
+    assert AttentionInterface()["sdpa"] is sdpa_attention_forward
+    fast.save_pretrained(tmp_path)
+    assert layers.FAST_ATTENTION not in (tmp_path / "config.json").read_text()
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).config._attn_implementation == "sdpa"
+
+
+def test_a_model_without_sdpa_keeps_its_attention(pair):
+    pair[0].set_attn_implementation("eager")
+    layers.use_fast_layers(pair[0], CPU)
+    assert pair[0].config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "grouped llama"])
+def test_padded_batches_and_generated_ids_are_the_plain_models(pair, family):
+    """The masks that a model makes depend on the name of its attention."""
+    plain, fast = pair
+    if family != "gpt2":
+        config = LlamaConfig(vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                             num_attention_heads=4, num_key_value_heads=2 if "grouped" in family else 4)  # fmt: skip
+        plain = AutoModelForCausalLM.from_config(config).train()
+        fast = copy.deepcopy(plain)
+        layers.use_fast_layers(fast, CPU)
+    assert fast.config._attn_implementation == layers.FAST_ATTENTION
+    input_ids, mask = torch.randint(1, 300, (3, 20)), torch.ones(3, 20, dtype=torch.long)
+    mask[0, :7] = mask[1, :2] = 0
+    logits = [model(input_ids=input_ids, attention_mask=mask).logits for model in (plain, fast)]
+    assert torch.allclose(*logits, atol=1e-5)
+    new = [
+        model.eval().generate(input_ids, attention_mask=mask, max_new_tokens=12, do_sample=False, pad_token_id=0)
+        for model in (plain, fast)
+    ]
+    assert torch.equal(*new)

@@ -1,7 +1,4 @@
-"""Load a causal language model, or make a new one; choose device and dtype.
-
-Owns what a model folder must hold before its weights are trusted. Finding the folder is utils/model/hub.py's.
-"""
+"""Check and load a causal language model, or create a new one; choose device and dtype."""
 
 import contextlib
 import json
@@ -10,6 +7,9 @@ import os
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
 from utils.data.tokenizer import load_tokenizer
@@ -17,7 +17,7 @@ from utils.errors import EXIT_DIVERGED, UserError
 from utils.model.hub import position_limit, read_config
 from utils.storage import MANIFEST, read_json, verify_folder
 
-# Our own lines say what a person needs: the settings, and a refusal when tensors are missing.
+# The scripts print what a user needs: the settings, and an error when tensors are missing.
 logging.set_verbosity_error()
 logging.disable_progress_bar()
 
@@ -25,36 +25,20 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def load_model(folder: Path):
-    """Load a causal language model in float32.
+    """Load a causal language model in float32, in eval mode, on the CPU.
 
-    Args:
-        folder: a local folder with config.json and safetensors weights.
-    Returns:
-        The model in eval mode, on the CPU.
     Raises:
-        UserError: a file is missing or damaged, tensors lack or are left over, a value is not finite,
-            or the model is not a causal language model. Nothing is ever filled with random numbers.
+        UserError: missing or damaged files, missing or extra tensors, NaN or infinity, another kind of model.
     """
-    from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM, GenerationConfig
-
     if not folder.is_dir():
         raise UserError(f"model: {folder}: no such directory")
     config = check_causal(read_config(folder / "config.json"), str(folder))
     refuse_misfit(folder, config, read_shapes(folder))
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
-            folder,
-            config=config,
-            dtype=torch.float32,
-            use_safetensors=True,
-            local_files_only=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
-    except SafetensorError as error:
-        raise UserError(f"model: {folder}/model.safetensors is damaged ({error})") from None
-    except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
+            folder, config=config, dtype=torch.float32, output_loading_info=True,
+            use_safetensors=True, local_files_only=True, trust_remote_code=False)  # fmt: skip
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(f"model: {folder} cannot be loaded: {error}") from None
     missing, extra = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
     if missing:
@@ -64,35 +48,24 @@ def load_model(folder: Path):
     bad = first_not_finite(model)
     if bad:
         raise UserError(f"model: {folder}: {bad} has a value that is not a number")
-    # The flags alone say how to decode; a generation_config.json beside the model would add to them.
+    # Only the flags decide how to decode: a generation_config.json beside the model would add to them.
     model.generation_config = GenerationConfig.from_model_config(model.config)
     return model.eval()
 
 
 def read_shapes(folder: Path) -> dict[str, list[int]]:
-    """Read the names and shapes of a folder's tensors from the headers of its safetensors files.
-
-    Raises:
-        UserError: there is no such file, or it is longer or shorter than its header says.
-    """
+    """Read the names and shapes of a folder's tensors from the headers of its safetensors files."""
     shapes, paths, index = {}, sorted(folder.glob("model*.safetensors")), folder / "model.safetensors.index.json"
     if index.is_file() and folder / "model.safetensors" not in paths:
         listed = read_json(index, "model: ").get("weight_map")
         if not isinstance(listed, dict) or not {*map(str, listed.values())} <= {path.name for path in paths}:
             raise UserError(f"model: {index} names files that are not in {folder}")
     for path in paths:
-        size = path.stat().st_size
         try:
-            with open(path, "rb") as file:
-                length = int.from_bytes(file.read(8), "little")
-                header = json.loads(file.read(min(length, size)))
-            header.pop("__metadata__", None)
-            needed = 8 + length + max(entry["data_offsets"][1] for entry in header.values())
-            shapes |= {name: list(map(int, entry["shape"])) for name, entry in header.items()}
-        except (ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError):
-            raise UserError(f"model: {path} is damaged ({size} bytes without a readable header)") from None
-        if size != needed:
-            raise UserError(f"model: {path} is damaged ({size} bytes, header needs {needed})")
+            with safe_open(path, framework="pt") as file:
+                shapes |= {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise UserError(f"model: {path} is damaged ({_compare_sizes(path)}): {error}") from None
     if not shapes and list(folder.glob("*.bin")):
         raise UserError(f"model: {folder} has only a pickle file; convert it to safetensors")
     if not shapes:
@@ -100,12 +73,22 @@ def read_shapes(folder: Path) -> dict[str, list[int]]:
     return shapes
 
 
-def refuse_misfit(folder: Path, config, shapes: dict[str, list[int]]) -> None:
-    """Compare a config with the tensors there are before it is given any memory: it may ask for all."""
-    from transformers import AutoModelForCausalLM
+def _compare_sizes(path: Path) -> str:
+    size = path.stat().st_size
+    try:
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            tensors = json.loads(file.read(min(length, size)))
+        tensors.pop("__metadata__", None)
+        return f"{size} bytes, header needs {8 + length + max(entry['data_offsets'][1] for entry in tensors.values())}"
+    except Exception:  # a damaged header can be any JSON, or none
+        return f"{size} bytes without a readable header"
 
+
+def refuse_misfit(folder: Path, config, shapes: dict[str, list[int]]) -> None:
+    """Compare a config with the tensors of the folder before it is given memory: it could ask for all there is."""
     n_layers = getattr(config, "num_hidden_layers", 1)
-    if n_layers > max(len(shapes), 200):  # even empty layers take time to make
+    if n_layers > max(len(shapes), 200):  # even layers without memory take time to create
         raise UserError(f"model: {folder}: config.json says {n_layers} layers, the weights have {len(shapes)} tensors")
     try:
         with torch.device("meta"):
@@ -126,14 +109,7 @@ def refuse_misfit(folder: Path, config, shapes: dict[str, list[int]]) -> None:
 
 
 def check_causal(config: dict, source: str):
-    """Turn a config.json into a transformers config, if it is a causal language model's.
-
-    Raises:
-        UserError: another kind of model, values that do not fit, or a wish to run its own code.
-    """
-    from transformers import AutoConfig
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
+    """Turn the fields of a config.json into a transformers config; refuse all but causal language models."""
     kind = config.get("model_type")
     if "auto_map" in config:
         raise UserError(f"model: {source} wants to run its own code; refused")
@@ -146,7 +122,7 @@ def check_causal(config: dict, source: str):
             raise UserError(f"model: {source}: config.json: {key} must be a whole number from 1, not {value!r}")
     if config.get("n_embd", 0) % config.get("n_head", 1):
         raise UserError(f"model: {source}: n_embd {config['n_embd']} is not divisible by n_head {config['n_head']}")
-    # The others say what a model's answer looks like; the loss is read from the usual one.
+    # These would change the form of the model's output, from which the loss is read.
     left_out = ("model_type", "return_dict", "use_return_dict", "output_attentions", "output_hidden_states")
     fields = {key: value for key, value in config.items() if key not in left_out}
     try:
@@ -156,17 +132,8 @@ def check_causal(config: dict, source: str):
 
 
 def new_model(config_path: Path, tokenizer, seed: int):
-    """Make a model with random weights.
-
-    Args:
-        config_path: a JSON file with the fields of a transformers config, model_type among them.
-        tokenizer: its size and end-of-text token complete the config.
-        seed: of the random weights.
-    """
-    from transformers import AutoModelForCausalLM
-
-    fields = read_config(config_path, "--from-scratch")
-    fields |= {"vocab_size": len(tokenizer)}
+    """Create a model with random weights from a JSON file of config fields and the size of a tokenizer."""
+    fields = read_config(config_path, "--from-scratch") | {"vocab_size": len(tokenizer)}
     fields |= dict.fromkeys(("bos_token_id", "eos_token_id"), tokenizer.eos_token_id)
     config = check_causal(fields, str(config_path))
     torch.manual_seed(seed)
@@ -174,7 +141,7 @@ def new_model(config_path: Path, tokenizer, seed: int):
 
 
 def check_fit(model, data) -> None:
-    """Refuse data with blocks longer than the model's context, or with ids that it does not know."""
+    """Refuse blocks longer than the model's context, or with ids outside its vocabulary."""
     limit, rows = position_limit(model.config.to_dict()), model.get_input_embeddings().weight.shape[0]
     if limit and data.block_size > limit:
         raise UserError(f"data has blocks of {data.block_size} tokens; the model takes {limit}")
@@ -184,7 +151,7 @@ def check_fit(model, data) -> None:
 
 
 def set_dropout(model, rate: float) -> None:
-    """Set every dropout of a model, in its modules and in its config."""
+    """Set every dropout rate of a model, in its modules and in its config."""
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = rate
@@ -197,38 +164,35 @@ def set_dropout(model, rate: float) -> None:
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
-    """Say whether no value is NaN or infinite: least and greatest tell, in one pass that allocates nothing."""
+    """Say whether no value is NaN or infinite: minimum and maximum tell, in one pass that allocates nothing."""
     return not tensor.numel() or all(value.isfinite() for value in tensor.aminmax())
 
 
-def refuse_not_finite(model, optimizer=None) -> None:
-    """Raise before a value that is not finite reaches a file, where it would spoil every later run."""
+def first_not_finite(model, optimizer=None) -> str | None:
+    """Return the name of the first parameter that holds NaN or infinity, itself or in its optimizer state."""
     for name, parameter in model.named_parameters():
-        for tensor in (parameter, *(optimizer.state.get(parameter, {}).values() if optimizer else ())):
-            if not is_finite(tensor):
-                raise UserError(f"{name} has a value that is not a finite number", EXIT_DIVERGED)
+        state = optimizer.state.get(parameter, {}) if optimizer else {}
+        if not all(map(is_finite, (parameter, *state.values()))):
+            return name
+    return None
 
 
-def first_not_finite(model) -> str | None:
-    """Name the first tensor that holds NaN or infinity."""
-    return next((name for name, p in model.named_parameters() if not is_finite(p)), None)
+def refuse_not_finite(model, optimizer=None) -> None:
+    """Raise UserError (exit status 4) before a value that is not finite is saved and spoils every later run."""
+    name = first_not_finite(model, optimizer)
+    if name:
+        raise UserError(f"{name} has a value that is not a finite number", EXIT_DIVERGED)
 
 
 def count_parameters(model) -> int:
-    """Count parameters, those shared by two layers once."""
+    """Count parameters, tied ones once."""
     return sum(p.numel() for p in model.parameters())
 
 
 def pick_device(name: str) -> torch.device:
-    """Turn --device into a device; 'auto' prefers cuda, then mps, then cpu.
-
-    Raises:
-        UserError: the device does not exist here.
-    """
+    """Turn --device into a device; 'auto' prefers cuda, then mps, then cpu."""
     if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if name.startswith("cuda"):
         if not torch.cuda.is_available():
             raise UserError(f"--device {name}: this PyTorch has no CUDA")
@@ -240,7 +204,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def set_deterministic(wanted: bool) -> None:
-    """Ask PyTorch for kernels that give the same bits every time; on a CPU they do anyway."""
+    """Choose deterministic GPU kernels; those of a CPU always are."""
     if wanted:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
         torch.use_deterministic_algorithms(True)
@@ -248,10 +212,7 @@ def set_deterministic(wanted: bool) -> None:
 
 
 def pick_dtype(name: str, device: torch.device) -> str:
-    """Turn --dtype into 'fp32' or 'bf16', what a device computes in; weights stay float32.
-
-    'auto' is bf16 where the hardware multiplies in it, else fp32: emulated bf16 is slower than fp32.
-    """
+    """Turn --dtype into 'fp32' or 'bf16'; 'auto' avoids emulated bf16, which is slower than fp32."""
     native = has_native_bf16(device)
     if name == "auto":
         return "bf16" if native else "fp32"
@@ -270,7 +231,7 @@ def has_native_bf16(device: torch.device) -> bool:
 
 
 def autocast(device: torch.device, dtype: str):
-    """Return the context in which a forward pass computes in dtype."""
+    """Return a context in which the forward pass computes in dtype."""
     if dtype == "fp32":
         return contextlib.nullcontext()
     return torch.autocast(device.type, DTYPES[dtype])
@@ -280,10 +241,7 @@ def load_pair(folder: Path, verified: bool = False):
     """Load a folder's model and tokenizer, and check that they fit each other.
 
     Args:
-        folder: of the model.
-        verified: its files have just been compared with its manifest, and are not hashed again.
-    Raises:
-        UserError: as load_model; or a file is not as the manifest of a folder that we wrote says.
+        verified: the files have been compared already with the manifest that this project writes.
     """
     problem = None if verified or not (folder / MANIFEST).is_file() else verify_folder(folder)
     if problem:
