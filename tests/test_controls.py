@@ -47,7 +47,7 @@ def test_a_healthy_run_learns_its_book_and_is_not_flagged(trained, judged):
     for measure in ("delta", "auc"):
         assert report[measure]["reference"] < report[measure]["finetuned"] < report[measure]["base"]
     assert report["style_gain"]["low"] > 0
-    assert report["flags"] == {"learned_the_book": True, "copies": False, "recites": False, "forgot": False}
+    assert report["flags"] == {"learned_the_book": True, "copies": False, "memorized": False, "forgot": False}
 
 
 def test_a_model_of_another_text_does_not_pass(trained, judged):
@@ -57,14 +57,14 @@ def test_a_model_of_another_text_does_not_pass(trained, judged):
     assert report["flags"]["learned_the_book"] is False
 
 
-def test_twenty_passages_learned_by_heart_are_flagged(trained, judged):
+def test_twenty_memorized_segments_are_flagged(trained, judged):
     segments = BOOK.read_text(encoding="utf-8").split("\n\n")[:60]  # an entry of the log has three or more
     folder = trained("small", "\n\n".join(segments) + "\n", "--learning-rate", "2e-3", "--lr-schedule", "constant",
                      "--dropout", 0, "--epochs", 150, "--eval-every", 450)  # fmt: skip
     report = judged(folder)
     assert report["extraction"]["finetuned"]["train"]["exact_match"] >= 0.9
     assert report["extraction"]["base"]["train"]["exact_match"] == 0
-    assert report["flags"]["recites"]
+    assert report["flags"]["memorized"]
     assert report["flags"]["copies"]
     assert "It recites" in " ".join(report["verdict"])
     assert "Do not share" in (folder / "README.md").read_text(encoding="utf-8")

@@ -164,14 +164,14 @@ def test_samples_are_paired_and_complete(finetuned, script):
     keys = {"prompt", "model", "sample_index", "seed", "prompt_ids", "generated_ids", "text"}
     assert all(set(row) == keys for row in rows)
     assert len(rows) == 2 * 3 * 5  # models x samples x (three prompts and two validation prompts)
-    luck = {
+    seeds = {
         name: [(row["prompt"], row["sample_index"], row["seed"]) for row in rows if row["model"] == name]
         for name in ("base", "finetuned")
     }
-    assert luck["base"] == luck["finetuned"]
-    assert len({seed for _, _, seed in luck["base"]}) == 15
+    assert seeds["base"] == seeds["finetuned"]
+    assert len({seed for _, _, seed in seeds["base"]}) == 15
     page = (finetuned / "report.md").read_text()
-    assert page.count("**the author really wrote**") == 2
+    assert page.count("**author (reference)**") == 2
     assert page.count("**base model**") == page.count("**fine-tuned model**") == 15
     assert "| max_new_tokens | 6 |" in page
     first = (finetuned / "samples.jsonl").read_bytes()
@@ -226,17 +226,17 @@ def test_authors_continuation_is_the_books(finetuned, script, book):
         written = "".join(piece["text"] for piece in pieces)
         assert validation_prompt["prompt"] + written in text
         assert written.strip()
-        assert f"**the author really wrote**\n\n{quote(written)}\n" in page
+        assert f"**author (reference)**\n\n{quote(written)}\n" in page
 
 
-def test_without_held_out_text_the_samples_still_come(finetuned, script, tmp_path, tiny_model):
+def test_without_validation_text_there_are_samples(finetuned, script, tmp_path, tiny_model):
     alone = tmp_path / "alone"
     kept = shutil.ignore_patterns("run_config.json", "README.md", "report.*", "quiz.html", "samples.jsonl")
     shutil.copytree(finetuned, alone, ignore=kept)
     ran = script("generate_text", "--finetuned-model", alone, "--base-model", tiny_model, "--max-new-tokens", 4)
     assert ran.code == 0, ran.err
     assert "not measured: style and copying: there is no prepared data; give --data-dir" in ran.out
-    assert "held-out pages" not in ran.out
+    assert "unseen" not in ran.out
     assert len(read_samples(alone)) == 2 * 3
     made = {"samples.jsonl", "report.json", "report.html", "report.md"}
     assert {path.name for path in alone.iterdir()} - {path.name for path in finetuned.iterdir()} <= made

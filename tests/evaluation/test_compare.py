@@ -4,22 +4,24 @@ import hashlib
 import json
 import math
 import shutil
-from argparse import Namespace
 from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import MEASURED_FLAGS
+from conftest import MEASURED_FLAGS, replace
 from datasets import load_from_disk
 from scorer import independent_loss
 
-import finetune_generative
 from utils.data.blocks import open_blocks
-from utils.evaluation import compare
-from utils.evaluation.loss import CopyMonitor, default_copy_rate, measure_extraction, measure_gain
+from utils.evaluation import generation
+from utils.evaluation.compare import compare_texts
+from utils.evaluation.loss import measure_gain
+from utils.evaluation.memorization import CopyMonitor, default_copy_rate, measure_extraction
+from utils.evaluation.ngrams import ngram_overlap
 from utils.evaluation.stylometry import MIN_WORDS, split_words
 from utils.model.loading import autocast, load_pair
+from utils.training.checkpoint import TrainState
 
 MISSING = ["--num-validation-prompts", 2, "--max-new-tokens", 8]
 MODELS = ("base", "finetuned")
@@ -44,13 +46,13 @@ def token_rows(data: Path, split: str) -> list[list[int]]:
 
 
 def brute_share(texts, train, length):
-    """Share of tokens in a run of training, by comparing tuples."""
-    runs = {tuple(train[i : i + length]) for i in range(len(train) - length + 1)}
+    """Share of tokens in an n-gram of training, by comparing tuples."""
+    ngrams = {tuple(train[i : i + length]) for i in range(len(train) - length + 1)}
     copied = 0
     for text in texts:
         marked = set()
         for start in range(len(text) - length + 1):
-            if tuple(text[start : start + length]) in runs:
+            if tuple(text[start : start + length]) in ngrams:
                 marked |= set(range(start, start + length))
         copied += len(marked)
     return copied / sum(map(len, texts))
@@ -81,7 +83,7 @@ def test_the_report_has_what_outsiders_were_promised(reported):
         assert report["copy_rate"][name].keys() == {"8", "16", "32"}
     assert report["longest_copy"]["finetuned"]["tokens"] > 0
     for name in MODELS:
-        assert report["extraction"][name].keys() == {"train", "reference"}
+        assert report["extraction"][name].keys() == {"train", "validation"}
     assert all(isinstance(sentence, str) for sentence in report["verdict"])
     assert len(report["verdict"]) == 4
     assert report["missing"] == []
@@ -119,23 +121,23 @@ def test_copying_from_samples_and_data_folder_alone(large, reported):
     assert report["copy_rate"]["finetuned"]["8"] > report["copy_rate"]["base"]["8"]
 
 
-def test_the_longest_run_is_at_its_place_in_the_book(large, reported):
+def test_the_longest_span_is_at_its_position_in_the_book(large, reported):
     _, report, _ = reported
     book = (large / "book.txt").read_text(encoding="utf-8")
-    for run in report["longest_copy"].values():
-        if run["tokens"]:
-            assert book[run["char"] :].startswith(run["text"])
-            assert run["share"] == pytest.approx(run["char"] / len(book))
-    for place in report["places"]:
-        crosses = not place["after"]  # two segments meet there in training, where held-out text was taken out
-        assert crosses or book[place["char"] :].startswith(place["text"] + place["after"])
-        assert book[: place["char"]].endswith(place["before"])
-        assert place["tokens"] >= 8
+    for span in report["longest_copy"].values():
+        if span["tokens"]:
+            assert book[span["char"] :].startswith(span["text"])
+            assert span["share"] == pytest.approx(span["char"] / len(book))
+    for source in report["sources"]:
+        crosses = not source["after"]  # two segments meet there in training, where validation text was taken out
+        assert crosses or book[source["char"] :].startswith(source["text"] + source["after"])
+        assert book[: source["char"]].endswith(source["before"])
+        assert source["tokens"] >= 8
     pieces = [piece for row in report["texts"] for text in row["columns"]["finetuned"] for piece in text]
-    marked = [piece for piece in pieces if piece["place"] is not None]
+    marked = [piece for piece in pieces if piece["source"] is not None]
     assert marked
     for piece in marked:
-        assert report["places"][piece["place"]]["text"].endswith(piece["text"])
+        assert report["sources"][piece["source"]]["text"].endswith(piece["text"])
 
 
 def test_scores_are_an_independent_scorers(large, tiny_model, reported):
@@ -203,10 +205,10 @@ def test_the_model_card_has_metadata_the_hub_reads(reported):
     results = {result.metric_type: result.metric_value for result in card.data.eval_results}
     assert results["perplexity"] == pytest.approx(report["scores"]["book"]["finetuned"]["eval/perplexity"], abs=1e-5)
     assert report["settings"]["data_sha256"] in card.content
-    assert ("Do not share" in card.content) == bool(report["flags"]["recites"] or report["flags"]["copies"])
+    assert ("Do not share" in card.content) == bool(report["flags"]["memorized"] or report["flags"]["copies"])
 
 
-def test_no_copied_run_is_longer_than_max_copy(large, script):
+def test_no_copied_span_is_longer_than_max_copy(large, script):
     folder = large / "model"
     ran = script("generate_text", "--finetuned-model", folder, *MEASURED_FLAGS, "--max-copy", 5)
     assert ran.code == 0, ran.err
@@ -217,7 +219,7 @@ def test_no_copied_run_is_longer_than_max_copy(large, script):
     assert report["max_copy"]["tokens"] == 5
     generated = sum(len(row["generated_ids"]) for row in rows)
     assert 0 < report["max_copy"]["acted"] <= report["max_copy"]["generated"] == generated
-    assert f"--max-copy 5 forbade something before {report['max_copy']['acted']:,} of" in report["verdict"][-1]
+    assert f"--max-copy 5 restricted the choice of {report['max_copy']['acted']:,} of" in report["verdict"][-1]
 
 
 def test_a_small_book_gets_the_report_that_is_possible(prepared, tiny_model, script, tmp_path):
@@ -235,7 +237,7 @@ def test_a_small_book_gets_the_report_that_is_possible(prepared, tiny_model, scr
     assert "1,500 words" in (tmp_path / "tuned" / "report.html").read_text()
 
 
-def test_without_held_out_text_the_rest_is_measured(book, tiny_model, script, tmp_path):
+def test_without_validation_text_the_rest_is_measured(book, tiny_model, script, tmp_path):
     ran = script("prepare_data", "--input-path", book, "--model-name", tiny_model, "--block-size", 32, "--val-split", 0,
                  "--output-dir", tmp_path / "blocks")  # fmt: skip
     assert ran.code == 0
@@ -304,8 +306,8 @@ def test_extraction_counts_what_is_continued(monkeypatch):
     """A model that continues the first row whole, the second for two tokens, the third not at all."""
     rows = [[1, 2, 3, 4, 5, 6], [1, 2, 3, 7, 8, 9], [1, 2, 3, 1, 1, 1]]
     answers = {(1, 2, 3): iter([[4, 5, 6], [7, 8, 1], [2]])}
-    monkeypatch.setattr("utils.evaluation.generation.generate_ids",
-                        lambda model, eos, prompts, *_: [next(answers[tuple(p)]) for p in prompts])  # fmt: skip
+    continue_rows = lambda model, eos, prompts, *_: [next(answers[tuple(p)]) for p in prompts]  # noqa: E731
+    replace(generation, "generate_ids", continue_rows, monkeypatch.setattr)
     found = measure_extraction(None, 0, rows, 2, fp32)
     assert found == {"exact_match": 1 / 3, "mean_matched": 5 / 3, "prefixes": 3, "tokens": 3}
 
@@ -331,37 +333,30 @@ def metrics(loss, copy_rate):
 
 def test_the_best_model_may_not_copy():
     """A lower loss does not count when more is copied than allowed, until nothing else is there."""
-    from utils.training.checkpoint import TrainState
-
     state, kept = TrainState(), []
     evaluations = [(5.0, 0.0), (4.0, 0.3), (4.5, 0.1), (4.4, 0.2), (4.6, 0.0), (4.3, 0.2), (3.0, 0.21)]
     for step, (loss, rate) in enumerate(evaluations):
         state.step = step
-        if finetune_generative.is_better(metrics(loss, rate), state, max_copy_rate=0.2):
+        if state.record_evaluation(metrics(loss, rate), max_copy_rate=0.2):
             kept.append(step)
     assert kept == [1, 2, 3, 5]  # step 1 only because nothing else was there
     assert state.best_step == 5
     assert state.evals_without_gain == 1  # early stopping counts what copied too much as no gain
 
 
-def test_probe_measures_the_same_sample_every_time(large):
+def test_the_monitor_measures_the_same_sample_every_time(large):
     model, tokenizer = load_pair(large / "model")
     data = open_blocks(large / "blocks")
-    args = Namespace(copy_samples=6, seed=1, max_copy_rate=None)
-    probe = CopyMonitor(args, data, model, tokenizer)
+    monitor = CopyMonitor(data, model, tokenizer, n_samples=6, max_copy_rate=None, seed=1)
     before = torch.get_rng_state()
-    first, again = probe.measure(model, fp32), probe.measure(model, fp32)
+    first, again = monitor.measure(model, fp32), monitor.measure(model, fp32)
     assert first == again
     assert torch.equal(before, torch.get_rng_state())
-    validation = compare.ngrams.ngram_overlap(
-        [data.ids("validation")[a:b] for a, b, _ in data.spans("validation")], data.ids("train")
-    )
-    assert probe.limit == default_copy_rate(validation["8"]) == 3 * max(validation["8"], 0.01)
-    assert (
-        CopyMonitor(Namespace(copy_samples=0, seed=1, max_copy_rate=0.5), data, model, tokenizer).measure(model, 0)
-        == {}
-    )
-    assert CopyMonitor(Namespace(copy_samples=1, seed=1, max_copy_rate=0.5), data, model, tokenizer).limit == 0.5
+    segments = [data.ids("validation")[a:b] for a, b, _ in data.spans("validation")]
+    validation = ngram_overlap(segments, data.ids("train"))
+    assert monitor.limit == default_copy_rate(validation["8"]) == 3 * max(validation["8"], 0.01)
+    assert CopyMonitor(data, model, tokenizer, 0, 0.5, 1).measure(model, 0) == {}
+    assert CopyMonitor(data, model, tokenizer, 1, 0.5, 1).limit == 0.5
 
 
 def test_a_run_writes_its_copy_rate(large):
@@ -398,12 +393,12 @@ def test_a_few_blocks_have_a_loss_but_no_interval(book, tiny_model, script, tmp_
     assert any(f"there are {blocks} blocks of it, 5 are needed" in reason for reason in report["missing"])
 
 
-def test_samples_longer_than_any_held_out_passage_are_measured_all_the_same(large, reported):
+def test_samples_longer_than_any_validation_segment_are_measured(large, reported):
     """No window of the author's is as long: his column stays empty, the models' do not."""
     _, _, rows = reported
     data, tokenizer = open_blocks(large / "blocks"), load_pair(large / "model")[1]
-    args, missing = Namespace(max_new_tokens=1 + max(map(len, data.segments("validation"))), seed=1), []
-    part = compare.compare_texts(rows, data, tokenizer, "", args, missing)
+    window_tokens = 1 + max(map(len, data.segments("validation")))
+    part, missing = compare_texts(rows, data, tokenizer, "", window_tokens, seed=1)
     assert part["repetition"]["base"]["distinct_1"] > 0
     assert part["repetition"]["reference"]["distinct_1"] is None
     assert part["counts"]["texts"]["reference"] == 0

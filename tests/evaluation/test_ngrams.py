@@ -1,4 +1,4 @@
-"""Copying equals brute force that shares nothing with it, loops equal hand counts, and the guard keeps runs short."""
+"""Copying equals brute force that shares no code with it, loops equal hand counts, the guard keeps spans short."""
 
 import random
 
@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from utils.evaluation import ngrams
-from utils.evaluation.generation import CopyGuard, Decoding, generate_ids
+from utils.evaluation.generation import Decoding, generate_ids
+from utils.evaluation.memorization import CopyGuard
 from utils.evaluation.ngrams import (
     NOT_FOUND,
     NgramIndex,
@@ -71,21 +72,21 @@ def followers(run, train):
 @st.composite
 def corpora(draw):
     """Draw training and up to three texts, made of its parts and of noise; any of them may be empty."""
-    dice = random.Random(draw(st.integers(0, 1 << 32)))
+    rng = random.Random(draw(st.integers(0, 1 << 32)))
     highest = draw(st.sampled_from([0, 1, 1, 3, 50_000]))
 
     def noise(most):
-        return [dice.randint(0, highest) for _ in range(dice.randint(0, most))]
+        return [rng.randint(0, highest) for _ in range(rng.randint(0, most))]
 
     train = noise(draw(st.sampled_from([0, 10, 90])))
     if draw(st.booleans()):
-        train += train[: dice.randint(0, 40)]  # it repeats itself, so a run has a first place and others
+        train += train[: rng.randint(0, 40)]  # it repeats itself, so a run has a first place and others
     texts = []
     for _ in range(draw(st.integers(0, 3))):
         text = noise(9)
-        for _ in range(dice.randint(0, 2)):
-            start = dice.randint(0, len(train))
-            text += train[start : start + dice.randint(0, 40)] + noise(9)
+        for _ in range(rng.randint(0, 2)):
+            start = rng.randint(0, len(train))
+            text += train[start : start + rng.randint(0, 40)] + noise(9)
         texts.append(tuple(text))
     return tuple(train), texts
 
@@ -111,7 +112,7 @@ def test_copy_rates_equal_a_brute_force_scan(corpus):
 
 @settings(max_examples=60, deadline=None)
 @given(corpus=corpora(), length=st.sampled_from(LENGTHS), chunk=st.sampled_from([1, 7, 1 << 20]))
-def test_the_first_place_is_found(corpus, length, chunk):
+def test_the_first_position_is_found(corpus, length, chunk):
     train, texts = corpus
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ngrams, "CHUNK", chunk)
@@ -122,7 +123,7 @@ def test_the_first_place_is_found(corpus, length, chunk):
         assert places.tolist() == [first_place(run, train) for run in runs]
 
 
-def test_a_run_does_not_reach_across_two_texts():
+def test_an_ngram_does_not_cross_two_texts():
     train = array(range(100, 140))
     apart = [train[:7], train[7:12], train[12:19]]
     assert ngram_overlap(apart, train) == {"8": 0.0, "16": 0.0, "32": 0.0}
@@ -133,7 +134,7 @@ def test_a_run_does_not_reach_across_two_texts():
 
 @settings(max_examples=60, deadline=None)
 @given(corpus=corpora())
-def test_the_longest_run_is_the_longest(corpus):
+def test_the_longest_span_is_the_longest(corpus):
     train, texts = corpus
     tokens, number, start, place = longest_overlap([array(text) for text in texts], array(train, np.uint16))
     assert tokens == max((longest_shared(text, train) for text in texts), default=0)
@@ -147,7 +148,7 @@ def test_the_longest_run_is_the_longest(corpus):
 
 @settings(max_examples=60, deadline=None)
 @given(corpus=corpora(), length=st.sampled_from(LENGTHS))
-def test_runs_equal_training_and_cover_what_is_copied(corpus, length):
+def test_spans_equal_training_and_cover_what_is_copied(corpus, length):
     train, texts = corpus
     for text in texts:
         covered, starts, ends = [False] * len(text), [-1], [0]
@@ -163,7 +164,7 @@ def test_runs_equal_training_and_cover_what_is_copied(corpus, length):
         assert covered == mark_copied(text, train, length)
 
 
-def test_a_copied_passage_is_one_run():
+def test_a_copied_segment_is_one_span():
     train = array(range(200))
     text = np.concatenate([[900], train[20:60], [901, 902], train[150:157], train[3:11], train[190:]])
     assert trace_spans(text, train, 8) == [(1, 41, 20), (50, 58, 3), (58, 68, 190)]
@@ -175,7 +176,7 @@ def test_a_copied_passage_is_one_run():
 
 @settings(max_examples=60, deadline=None)
 @given(corpus=corpora(), length=st.sampled_from([1, 2, 5, 8]))
-def test_what_follows_a_run_equals_brute_force(corpus, length):
+def test_what_follows_an_ngram_equals_brute_force(corpus, length):
     train, texts = corpus
     index = NgramIndex(array(train, np.uint16), length)
     for text in (*texts, train):  # the end of training has nothing after it
@@ -186,7 +187,7 @@ def test_what_follows_a_run_equals_brute_force(corpus, length):
 
 @settings(max_examples=40, deadline=None)
 @given(corpus=corpora(), length=st.sampled_from(LENGTHS), shift=st.integers(0, 3_000))
-def test_a_run_has_one_hash_wherever_it_stands(corpus, length, shift):
+def test_an_ngram_has_one_hash_at_any_position(corpus, length, shift):
     train, _ = corpus
     runs = [train[start : start + length] for start in range(len(train) - length + 1)]
     alone = [int(hash_ngrams(array(run, np.uint16), length)[0]) for run in runs]
@@ -311,14 +312,14 @@ SAMPLED = Decoding(max_new_tokens=20, temperature=0.7, top_k=30, top_p=0.95)
 
 
 @pytest.fixture(scope="module")
-def reciter(tiny_model, book):
-    """Return a model that knows 8 rows of the book by heart, its end of text, the book's ids, and beginnings."""
+def memorizer(tiny_model, book):
+    """Return a model that memorized 8 rows of the book, its end of text, the book's ids, and beginnings."""
     model, tokenizer = load_pair(tiny_model)
     train = np.array(tokenizer(book.read_text(encoding="utf-8"))["input_ids"], np.uint16)
     rows = torch.from_numpy(train[:256].astype(np.int64)).view(8, 32)
     torch.manual_seed(0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0)
-    model.eval()  # no dropout: it is to learn by heart
+    model.eval()  # no dropout: it is to memorize
     for _ in range(50):
         model(input_ids=rows, labels=rows).loss.backward()
         optimizer.step()
@@ -337,8 +338,8 @@ def longest_new_run(ids, n_prompt, train):
 
 
 @pytest.mark.parametrize("decoding", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
-def test_the_guard_keeps_copied_runs_short(reciter, decoding):
-    model, eos, train, prompts = reciter
+def test_the_guard_keeps_copied_spans_short(memorizer, decoding):
+    model, eos, train, prompts = memorizer
     book = tuple(train.tolist())
     free = generate_ids(model, eos, prompts, list(range(8)), decoding, fp32)
     runs = [longest_new_run(p + new, len(p), book) for p, new in zip(prompts, free, strict=True)]
@@ -352,8 +353,8 @@ def test_the_guard_keeps_copied_runs_short(reciter, decoding):
 
 
 @pytest.mark.parametrize("longest", [2, 5, 8])
-def test_the_guard_counts_the_tokens_before_which_it_forbade(reciter, longest):
-    model, eos, train, prompts = reciter
+def test_the_guard_counts_the_tokens_before_which_it_forbade(memorizer, longest):
+    model, eos, train, prompts = memorizer
     book, index = tuple(train.tolist()), NgramIndex(train, longest)
     for prompt in prompts[:3]:
         guard, expected = CopyGuard(index, eos), 0
@@ -366,9 +367,9 @@ def test_the_guard_counts_the_tokens_before_which_it_forbade(reciter, longest):
 
 
 @pytest.mark.parametrize("decoding", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
-def test_where_the_guard_does_not_act_nothing_changes(reciter, decoding):
+def test_where_the_guard_does_not_act_nothing_changes(memorizer, decoding):
     """A row stays as it is with a limit above its own longest run, and not with a limit below."""
-    model, eos, train, prompts = reciter
+    model, eos, train, prompts = memorizer
     book = tuple(train.tolist())
     for seed, prompt in enumerate(prompts[:4]):
         free = generate_ids(model, eos, [prompt], [seed], decoding, fp32)[0]
@@ -380,8 +381,8 @@ def test_where_the_guard_does_not_act_nothing_changes(reciter, decoding):
             assert new == free or allowed == longest
 
 
-def test_a_run_that_begins_in_the_prompt_is_not_drawn_out(reciter):
-    model, eos, train, _ = reciter
+def test_a_span_that_starts_in_the_prompt_is_not_continued(memorizer):
+    model, eos, train, _ = memorizer
     book, prompt = tuple(train.tolist()), train[:20].tolist()
     free = generate_ids(model, eos, [prompt], [0], GREEDY, fp32)[0]
     assert free[:8] == train[20:28].tolist()
@@ -389,9 +390,9 @@ def test_a_run_that_begins_in_the_prompt_is_not_drawn_out(reciter):
     assert first_place((*prompt[-8:], kept[0]), book) == NOT_FOUND
 
 
-def test_a_finished_row_is_not_counted(reciter):
+def test_a_finished_row_is_not_counted(memorizer):
     """After its end of text a row waits for the others: nothing is forbidden it, whatever stands in training."""
-    eos = reciter[1]
+    eos = memorizer[1]
     guard = CopyGuard(NgramIndex(array([5, eos, 6, 5, 7]), 2), eos)
     scores = torch.zeros(3, 10)
     out = guard(torch.tensor([[4, 5, eos], [1, 6, 5], [1, 2, 3]]), scores.clone())
@@ -400,8 +401,8 @@ def test_a_finished_row_is_not_counted(reciter):
     assert torch.equal(out.nan_to_num(neginf=0), scores)
 
 
-def test_a_guard_of_another_text_does_nothing(reciter):
-    model, eos, _, prompts = reciter
+def test_a_guard_of_another_text_does_nothing(memorizer):
+    model, eos, _, prompts = memorizer
     free = generate_ids(model, eos, prompts, list(range(8)), SAMPLED, fp32)
     unused = sorted(set(range(400)) - {token for row in (*prompts, *free) for token in row})[:9]
     for train in (array(unused * 9), array(unused[:1]), array([])):
@@ -410,9 +411,9 @@ def test_a_guard_of_another_text_does_nothing(reciter):
         assert guard.acted == 0
 
 
-def test_the_guard_does_not_depend_on_the_rows_beside(reciter):
+def test_the_guard_does_not_depend_on_the_rows_beside(memorizer):
     """Training of two books has an end of text in its middle; a shorter prompt is filled up with the same token."""
-    model, eos, _, _ = reciter
+    model, eos, _, _ = memorizer
     alone = [11, 12]
     new = generate_ids(model, eos, [alone], [0], GREEDY, fp32)[0]
     train = array([30, eos, *alone, new[0], 31])  # the second book begins as the sample does

@@ -1,4 +1,4 @@
-"""Overlap: what held-out text shares with training equals a brute-force count, and hashes tell runs apart."""
+"""Leakage: what validation shares with training equals a brute-force count, and hashes tell n-grams apart."""
 
 import numpy as np
 import pytest
@@ -44,7 +44,7 @@ def test_overlap_equals_a_brute_force_count(streams, run, chunk):
     assert found == count_overlap(train.tolist(), validation.tolist(), run)
 
 
-def test_overlap_of_runs_of_32_tokens(monkeypatch):
+def test_overlap_of_32_token_ngrams(monkeypatch):
     rng = np.random.default_rng(0)
     train = rng.integers(0, 500, 4_000).astype(np.uint16)
     validation = rng.integers(0, 500, 900).astype(np.uint16)
@@ -60,7 +60,7 @@ def test_overlap_of_runs_of_32_tokens(monkeypatch):
 
 @settings(max_examples=60, deadline=None)
 @given(ids=st.lists(st.integers(0, 2), max_size=80), run=st.integers(1, 5))
-def test_two_runs_have_one_hash_when_they_are_equal_and_only_then(ids, run):
+def test_two_ngrams_have_one_hash_if_and_only_if_they_are_equal(ids, run):
     hashes = hash_ngrams(np.array(ids, np.uint16), run).tolist()
     runs = [tuple(ids[i : i + run]) for i in range(len(ids) - run + 1)]
     assert len(hashes) == len(runs)

@@ -11,14 +11,13 @@ import pytest
 from scipy.optimize import minimize
 from sklearn.model_selection import StratifiedKFold
 
-from utils.evaluation import stylometry
+from utils.evaluation import bootstrap, stylometry
+from utils.evaluation.bootstrap import interval, resample
 from utils.evaluation.stylometry import (
     build_word_profile,
-    interval,
     measure_auc,
     measure_delta,
     measure_lengths,
-    resample,
     split_words,
     tabulate_words,
 )
@@ -51,7 +50,7 @@ def hand_rates(words, chosen):
     return [counts[word] / len(words) for word in chosen]
 
 
-def hand_yardstick(book):
+def hand_profile(book):
     """Return the 150 commonest words that vary, with mean and standard deviation over windows of 500 words."""
     words = hand_words(book)
     totals = Counter(words)
@@ -97,7 +96,7 @@ def test_delta_equals_a_hand_calculation(text):
     texts = [" ".join(texts[:4]), *texts[4:]]  # the texts count by their words, not each alike
     words = [word for part in texts for word in hand_words(part)]
     found = measure_delta(split_all(texts), build_word_profile(BOOK, CONTROL), 10**6, seed=0)
-    profile = hand_yardstick(BOOK)
+    profile = hand_profile(BOOK)
     assert found["delta"]["value"] == pytest.approx(hand_delta(words, profile), abs=1e-6)
     expected = hand_cosine_delta(words, profile, hand_words(CONTROL))
     assert found["cosine_delta"]["value"] == pytest.approx(expected, abs=1e-6)
@@ -105,13 +104,13 @@ def test_delta_equals_a_hand_calculation(text):
         assert 0 <= figures["low"] < figures["value"] < figures["high"]
 
 
-def test_yardstick_equals_a_hand_calculation():
+def test_word_profile_equals_a_hand_calculation():
     """Words as frequent as others that stand equally often in every window say nothing and are left out."""
     words = BOOK.lower().replace(".", "").split()[:2_000]
     words[::25] = ["steady"] * 80  # 20 in each of four windows
     words += ["ending"] * 400  # after the last whole window: it counts for the rates, not for the spread
     book = " ".join(words)
-    found, (chosen, rates, spread) = build_word_profile(book, CONTROL), hand_yardstick(book)
+    found, (chosen, rates, spread) = build_word_profile(book, CONTROL), hand_profile(book)
     assert {"steady", "ending"} < {word for word, _ in Counter(words).most_common(10)}
     assert not {"steady", "ending"} & set(found.words)
     assert found.words == chosen
@@ -121,9 +120,9 @@ def test_yardstick_equals_a_hand_calculation():
     assert found.origin == pytest.approx(hand_rates(hand_words(CONTROL), chosen), abs=1e-12)
 
 
-@pytest.mark.parametrize(("n_stretches", "times"), [(3, 3), (3, 25), (6, 3)])
-def test_words_without_variation_are_left_out_whatever_the_rounding(n_stretches, times):
-    words = hand_words(BOOK)[: 500 * n_stretches]
+@pytest.mark.parametrize(("n_windows", "times"), [(3, 3), (3, 25), (6, 3)])
+def test_words_without_variation_are_left_out_whatever_the_rounding(n_windows, times):
+    words = hand_words(BOOK)[: 500 * n_windows]
     for start in range(0, len(words), 500):
         words[start : start + times] = ["steady"] * times
     profile = build_word_profile(" ".join(words))
@@ -134,11 +133,11 @@ def test_words_without_variation_are_left_out_whatever_the_rounding(n_stretches,
 def test_ties_do_not_depend_on_the_order_of_the_words():
     """100 words as frequent as each other at the end of the list: the first of the alphabet stay."""
     words = [word for word in WORDS[:100] for _ in range(6)] + [word for word in WORDS[100:300] for _ in range(3)]
-    dice, chosen = random.Random(0), set()
+    rng, chosen = random.Random(0), set()
     for _ in range(3):
-        dice.shuffle(words)
+        rng.shuffle(words)
         profile = build_word_profile(" ".join(words))
-        assert profile.words == hand_yardstick(" ".join(words))[0]
+        assert profile.words == hand_profile(" ".join(words))[0]
         chosen.update(profile.words)
     assert len(chosen) <= 150
 
@@ -166,7 +165,7 @@ def test_the_author_is_nearer_than_another():
 
 def test_delta_of_selections_is_their_mean():
     """Three of six texts are compared at a time, so the value is near the mean of all 20 selections."""
-    texts, profile = cut(OTHER, 250), hand_yardstick(BOOK)
+    texts, profile = cut(OTHER, 250), hand_profile(BOOK)
     control = hand_words(CONTROL)
     words = [[hand_words(text) for text in some] for some in itertools.combinations(texts, 3)]
     selections = [list(itertools.chain(*some)) for some in words]
@@ -181,7 +180,7 @@ def test_delta_of_selections_is_their_mean():
 
 
 def test_delta_of_drawn_selections_equals_a_loop():
-    texts, profile = cut(OTHER, 250), hand_yardstick(BOOK)
+    texts, profile = cut(OTHER, 250), hand_profile(BOOK)
     order = np.random.default_rng(5).random((stylometry.SELECTIONS, len(texts))).argsort(axis=1)
     values = []
     for row in order.tolist():
@@ -290,10 +289,10 @@ def test_intervals_contain_the_value_and_shrink_with_more_text():
 
 def test_resampling_draws_with_replacement():
     drawn = resample(10, seed=1)
-    assert drawn.shape == (stylometry.ROUNDS, 10)
+    assert drawn.shape == (bootstrap.ROUNDS, 10)
     assert (drawn.sum(axis=1) == 10).all()
     assert (drawn == 0).any(axis=1).mean() > 0.99  # 10! / 10^10 is the chance of all ten
-    assert drawn.mean(axis=0) == pytest.approx(np.ones(10), abs=4 * math.sqrt(0.9 / stylometry.ROUNDS))
+    assert drawn.mean(axis=0) == pytest.approx(np.ones(10), abs=4 * math.sqrt(0.9 / bootstrap.ROUNDS))
     assert (drawn == resample(10, seed=1)).all()
     assert (drawn != resample(10, seed=2)).any()
     assert set(resample(10, seed=1, size=3).sum(axis=1)) == {3}
@@ -339,7 +338,7 @@ def test_many_empty_lines_are_one_end_of_a_paragraph(empty_lines):
 
 
 def test_the_table_equals_a_hand_calculation():
-    chosen, rates, spread = hand_yardstick(BOOK)
+    chosen, rates, spread = hand_profile(BOOK)
     origin = hand_rates(hand_words(CONTROL), chosen)
     differs = {w: abs(a - b) / s for w, a, b, s in zip(chosen, rates, origin, spread, strict=True)}
     texts = cut(OTHER, 100)
@@ -367,7 +366,7 @@ def test_samples_have_no_say_in_what_the_table_shows():
 
 def test_the_table_without_general_text():
     table = tabulate_words(build_word_profile(BOOK), {"base": [["ba"]]})
-    chosen, rates, spread = hand_yardstick(BOOK)
+    chosen, rates, spread = hand_profile(BOOK)
     steadiest = sorted(range(len(chosen)), key=lambda i: -rates[i] / spread[i])[:15]
     assert [row["word"] for row in table] == [chosen[i] for i in steadiest]
     assert all(list(row) == ["word", "book", "base"] for row in table)

@@ -1,4 +1,4 @@
-"""Held-out pages are unseen: a model's report is never made on pages that it was trained on."""
+"""Validation text is unseen: a model's report is never made on text that it was trained on."""
 
 import json
 import shutil
@@ -9,31 +9,31 @@ import pytest
 from conftest import MEASURED_FLAGS, make_book
 
 from utils.errors import UserError
-from utils.evaluation.unseen import SEEN, count_seen, write_seen
+from utils.evaluation.unseen import TRAINING_NGRAMS, count_seen_ngrams, save_training_ngrams
 from utils.storage import read_json
 
 QUICK = ["--num-validation-prompts", 2, "--max-new-tokens", 8, "--no-measure"]
 
 
-def test_runs_are_known_again_wherever_they_stand(tmp_path):
+def test_ngrams_are_recognized_at_any_position(tmp_path):
     rng = np.random.default_rng(0)
     train = rng.integers(0, 500, 5000).astype(np.uint16)
-    write_seen(tmp_path, train)
+    save_training_ngrams(tmp_path, train)
     fresh = rng.integers(0, 500, 400).astype(np.uint16)
-    assert count_seen(tmp_path, [fresh]) == (0, 369)
-    planted = np.concatenate([fresh[:100], train[777:809], fresh[100:]])  # 32 tokens: one run
-    assert count_seen(tmp_path, [planted]) == (1, 401)
+    assert count_seen_ngrams(tmp_path, [fresh]) == (0, 369)
+    planted = np.concatenate([fresh[:100], train[777:809], fresh[100:]])  # 32 tokens: one n-gram
+    assert count_seen_ngrams(tmp_path, [planted]) == (1, 401)
     planted = np.concatenate([fresh[:100], train[777:808], fresh[100:]])  # 31: none
-    assert count_seen(tmp_path, [planted])[0] == 0
-    assert count_seen(tmp_path, [train[:32], train[:31], train[40:80]]) == (10, 10)
+    assert count_seen_ngrams(tmp_path, [planted])[0] == 0
+    assert count_seen_ngrams(tmp_path, [train[:32], train[:31], train[40:80]]) == (10, 10)
 
 
-def test_of_a_large_text_a_sample_knows_a_page_again(tmp_path, monkeypatch):
+def test_a_sample_of_a_large_text_recognizes_a_page(tmp_path, monkeypatch):
     monkeypatch.setattr("utils.evaluation.unseen.keep_one_in", lambda n_tokens: 7)
     train = np.random.default_rng(1).integers(0, 500, 20_000).astype(np.uint16)
-    write_seen(tmp_path, train)
-    seen, looked_for = count_seen(tmp_path, [train[3000:4000]])
-    assert seen == looked_for
+    save_training_ngrams(tmp_path, train)
+    seen, n_ngrams = count_seen_ngrams(tmp_path, [train[3000:4000]])
+    assert seen == n_ngrams
     assert 90 < seen < 190  # a seventh of 969
 
 
@@ -57,9 +57,9 @@ def test_another_split_of_the_book_is_refused(large, tiny_model, script, tmp_pat
         assert f"data: {blocks} is another split than the model's" in ran.err
         assert "--seed 42 --val-split 0.1" in ran.err
         assert not (run / "report.json").exists()
-    (run / SEEN).unlink()
+    (run / TRAINING_NGRAMS).unlink()
     ran = script("generate_text", "--finetuned-model", run, *QUICK)
-    assert (ran.code, SEEN in ran.err) == (2, True)
+    assert (ran.code, TRAINING_NGRAMS in ran.err) == (2, True)
 
 
 def test_other_blocks_of_the_same_split_are_accepted(large, tiny_model, script, tmp_path):
@@ -79,7 +79,7 @@ def test_another_book_is_a_control_and_said_to_be_one(large, tiny_model, script,
     run = shutil.copytree(large / "model", tmp_path / "run")
     ran = script("generate_text", "--finetuned-model", run, "--data-dir", tmp_path / "blocks", *MEASURED_FLAGS)
     assert ran.code == 0, ran.err
-    assert "A control: the held-out pages are of another book" in ran.out.replace("\n", " ")
+    assert "A control: the validation text is of another book" in ran.out.replace("\n", " ")
     other.write_text(make_book(1700).replace("Day 1.", "Day one."))  # another file, the same book
     prepare(script, large, tiny_model, tmp_path / "blocks", "--overwrite", "--seed", 7, book=other)
     ran = script("generate_text", "--finetuned-model", run, "--data-dir", tmp_path / "blocks", *QUICK)
@@ -87,18 +87,18 @@ def test_another_book_is_a_control_and_said_to_be_one(large, tiny_model, script,
     assert "another split" in ran.err
 
 
-def test_what_it_was_trained_on_is_not_known_of_a_folder_from_elsewhere(large, tiny_model, script, tmp_path):
+def test_the_training_text_of_a_folder_from_elsewhere_is_not_known(large, tiny_model, script, tmp_path):
     run = shutil.copytree(large / "model", tmp_path / "run")
     (run / "run_config.json").unlink()
     ran = script("generate_text", "--finetuned-model", run, "--data-dir", large / "blocks", "--base-model", tiny_model,
                  *QUICK)  # fmt: skip
     assert ran.code == 0
-    assert "whether the held-out pages are unseen" in " ".join(read_json(run / "report.json")["missing"])
+    assert "whether the validation text is unseen" in " ".join(read_json(run / "report.json")["missing"])
 
 
 @pytest.mark.parametrize("damage", [b"", b"nonsense"])
 def test_a_damaged_record_is_said(tmp_path, damage):
-    write_seen(tmp_path, np.arange(100, dtype=np.uint16))
-    (tmp_path / SEEN).write_bytes(damage)
+    save_training_ngrams(tmp_path, np.arange(100, dtype=np.uint16))
+    (tmp_path / TRAINING_NGRAMS).write_bytes(damage)
     with pytest.raises(UserError, match="cannot be read"):
-        count_seen(tmp_path, [np.arange(64)])
+        count_seen_ngrams(tmp_path, [np.arange(64)])
