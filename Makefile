@@ -13,16 +13,16 @@ demo: $(READY)
 	$(BIN)/python generate_text.py
 	@echo
 	@echo "Worth opening:"
-	@echo "  $(FINETUNED)/report.html      does it write like the book? verdict, texts side by side, scores"
+	@echo "  $(FINETUNED)/report.html      what changed: verdict, texts side by side, scores"
 	@echo "  $(FINETUNED)/quiz.html        the author or the model? a blind test for you"
-	@echo "  $(FINETUNED)/loss_curve.png   how the held-out loss fell"
+	@echo "  $(FINETUNED)/loss_curve.png   how the validation loss fell"
 	@echo "  $(FINETUNED)/all_results.json the numbers"
 	@echo "  results/data/book.txt         the book itself"
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
-# Hours: every kill, cut, fault and nonsense input in full counts, then every guard taken out.
+# Hours: the same tests with large counts, then every guard removed in turn and small changes everywhere.
 SOAK := tests/test_crash.py tests/test_damage.py tests/test_disk.py tests/test_signals.py tests/test_identity.py \
 	tests/model/test_hub.py tests/test_fuzz.py
 soak: $(READY)
@@ -30,7 +30,7 @@ soak: $(READY)
 	$(BIN)/python tests/mutants.py guards
 	$(BIN)/python tests/mutants.py mutate
 
-# What others use instead is installed beside the product, for the comparison only. About half an hour on 2 cores.
+# Installs the tools that are compared with, beside the product. About half an hour on 2 cores.
 bench: $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r benchmarks/requirements.txt
 	$(BIN)/python -m benchmarks.run
@@ -39,7 +39,7 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# The mark is written last: an installation that was cut off is done again.
+# The mark is written last: an interrupted installation is repeated.
 $(READY): requirements.txt
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed')"
 	$(PYTHON) -m venv .venv

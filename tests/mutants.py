@@ -22,8 +22,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 QUICK = ["tests/test_storage.py", "tests/test_output_dir.py", "tests/training/test_checkpoint.py"]
 SLOWER = [
-    f"tests/test_{name}.py"
-    for name in ("finetune_generative", "identity", "damage", "disk", "signals", "prepare_data", "data", "refusals")
+    f"tests/{name}.py"
+    for name in (
+        *("test_finetune_generative", "test_identity", "test_damage", "test_disk", "test_signals"),
+        *("test_prepare_data", "data/test_blocks", "test_refusals", "evaluation/test_unseen"),
+    )
 ]
 MUTATED = ["utils/storage.py", "utils/output_dir.py", "utils/training/checkpoint.py"]
 SECONDS = {True: 90, False: 900}  # for the quick tests alone, and for more
@@ -40,7 +43,7 @@ GUARDS = [
     ("utils/storage.py", "    if free < size:\n", "    if False:\n"),
     ("utils/storage.py", "    require_space(folder, size, what)\n", ""),
     ("utils/storage.py", "            path.chmod(0o666 & ~mask)", "            pass"),
-    ("utils/storage.py", "        sync(path)\n    write_sealed(partial", "        pass\n    write_sealed(partial"),
+    ("utils/storage.py", "            sync(path)\n        manifest", "            pass\n        manifest"),
     ("utils/storage.py", "        os.rename(partial, target)\n        sync(target.parent)\n",
      "        os.rename(partial, target)\n"),
     ("utils/storage.py", "        discard(target)\n        os.rename(partial, target)\n",
@@ -72,9 +75,9 @@ GUARDS = [
     ("utils/training/checkpoint.py", '    if "cpu" not in states or len(states["cpu"]) != expected:\n',
      "    if False:\n"),
     ("utils/training/checkpoint.py", "    for old in saved[saved.index(folder) :][keep:]:\n", "    for old in []:\n"),
-    ("utils/training/checkpoint.py", "        if was != now:\n", "        if False:\n"),
+    ("utils/training/checkpoint.py", "    if changed:\n        name, was", "    if False:\n        name, was"),
     ("utils/errors.py", "        if not math.isfinite(value):\n", "        if False:\n"),
-    ("utils/errors.py", "            if not tensor.isfinite().all():\n", "            if False:\n"),
+    ("utils/model/loading.py", "if not all(map(is_finite, (parameter, *", "if not all(map(id, (parameter, *"),
     ("utils/training/metrics.py", "if row[\"step\"] <= (step if \"train/loss\" in row else evaluated_step)", ""),
     ("utils/training/metrics.py", ", allow_nan=False", ""),
     ("utils/model/loading.py", "if verified or not (folder / MANIFEST).is_file() else verify_folder(folder)", ""),
@@ -83,18 +86,18 @@ GUARDS = [
     ("utils/cli.py", "        if signal.getsignal(number) != signal.SIG_IGN:\n", "        if True:\n"),
     ("utils/cli.py", "        if self.number:\n            raise Stopped(number)\n", ""),
     ("finetune_generative.py", "                log.sync()\n", ""),
-    ("finetune_generative.py", "            require_finite(state, lr, loss=train_loss, gradient=grad_norm)",
-     "            pass"),
-    ("finetune_generative.py", '    require_finite(state, None, **{"validation loss"', '    dict(**{"validation loss"'),
-    ("finetune_generative.py", "        checkpoints.restore_random_state(", "        str("),
-    ("finetune_generative.py", "        checkpoints.restore_optimizer(model, optimizer, ", "        str("),
+    ("finetune_generative.py", "            require_finite(f", "            dict(a=f"),
+    ("utils/training/checkpoint.py", '  require_finite(self.step, **{"validation loss"', '  dict(**{"validation loss"'),
+    ("finetune_generative.py", "    checkpoints.restore_random_state(", "    str("),
+    ("finetune_generative.py", "    checkpoints.restore_optimizer(model, optimizer, ", "    str("),
     ("finetune_generative.py", 'else lock(args.output_dir, "train"):', "else nullcontext():"),
     ("finetune_generative.py", "                        generator=torch.Generator(), ", "                        "),
     ("finetune_generative.py", ", worker_init_fn=ignore_signals", ""),
     ("finetune_generative.py", "        sweep(args.output_dir)\n", "        pass\n"),
     ("finetune_generative.py", "if due and state.evaluated_step != state.step:", "if due and state.step > resumed_at:"),
     ("prepare_data.py", '    with lock(args.output_dir, "prepare"):\n', "    if True:\n"),
-    ("prepare_data.py", "    sweep(args.output_dir)\n", ""),
+    ("prepare_data.py", "        sweep(args.output_dir)\n", ""),
+    ("utils/evaluation/unseen.py", "    if n_seen > (", "    if 0 > ("),
     ("generate_text.py", '    with lock(args.finetuned_model, "samples"):', "    if True:"),
 ]  # fmt: skip
 

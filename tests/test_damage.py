@@ -543,7 +543,7 @@ def hash_ids(folder):
 
 @pytest.fixture
 def golden(tmp_path, monkeypatch):
-    """Stand in a copy of the files of format 1; returns its commands, with relative paths."""
+    """Stand in a copy of the golden files; returns its commands, with relative paths."""
     monkeypatch.chdir(shutil.copytree(GOLDEN, tmp_path / "golden"))
     commands = Workshop.__new__(Workshop)
     commands.model, commands.data = Path("model"), Path("data")
@@ -555,7 +555,7 @@ def test_old_files(golden):
     assert hash_ids(golden.data) == known["ids"]
     ended = run_child(*golden.finetune("run"))
     assert ended.code == 0, ended.err
-    assert "continuing from step 2 of 6" in ended.out
+    assert "resuming from step 2 of 6" in ended.out
     end, expected = end_tensors(Path("run")), load_file("end.safetensors")
     assert end.keys() == expected.keys()
     for name, tensor in expected.items():
@@ -565,12 +565,12 @@ def test_old_files(golden):
     assert known["machine"] != machine() or digest_run(Path("run")) == known["digest"]
 
 
-@pytest.mark.parametrize("folder", ["data", "run/checkpoint-2"])
-def test_newer_files(golden, folder):
-    write_sealed(Path(folder), read_sealed(Path(folder)) | {"format": 2})
+@pytest.mark.parametrize(("folder", "newest"), [("data", 2), ("run/checkpoint-2", 1)])
+def test_newer_files(golden, folder, newest):
+    write_sealed(Path(folder), read_sealed(Path(folder)) | {"format": newest + 1})
     before = snapshot(Path())
     ended = run_child(*golden.finetune("run"))
-    assert refused(ended, ["format 2", "(1)"]), ended.err
+    assert refused(ended, [f"format {newest + 1}", f"({newest})"]), ended.err
     assert snapshot(Path()) == before
 
 

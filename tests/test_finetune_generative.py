@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import replace
 from safetensors.torch import load_file
 from scorer import independent_loss
 
-import finetune_generative
 from utils.data.blocks import open_blocks
 from utils.evaluation.generation import Decoding, generate_ids
 from utils.model.loading import load_pair
-from utils.training import setup
+from utils.training import checkpoint, optim
 from utils.training.checkpoint import TrainState
 
 QUICK = ["--max-steps", 6, "--batch-size", 4, "--learning-rate", "1e-3", "--dtype", "fp32", "--copy-samples", 0,
@@ -54,15 +54,13 @@ DROPOUT = ["--dropout", "0.2", "--save-every", 6]
 def straight_and_stopped(finetune, monkeypatch):
     """Return the folder of a whole run, and that of the same run stopped by SIGTERM at step 3."""
 
-    class Stopping(setup.TrainingSetup):
-        def __init__(self, *args):
-            super().__init__(*args)
-            schedule = self.schedule
-            self.schedule = lambda step: (step == 2 and signal.raise_signal(signal.SIGTERM)) or schedule(step)
+    def stopping(*settings, build=optim.build_schedule):
+        schedule = build(*settings)
+        return lambda step: (step == 2 and signal.raise_signal(signal.SIGTERM)) or schedule(step)
 
     straight = finetune("straight", *QUICK, *DROPOUT)
     with monkeypatch.context() as patch:
-        patch.setattr(setup, "TrainingSetup", Stopping)
+        replace(optim, "build_schedule", stopping, patch.setattr)
         stopped = finetune("stopped", *QUICK, *DROPOUT, code=128 + signal.SIGTERM)
     torch.manual_seed(123)  # a new process would not begin where the stopped one left its generator
     return straight, stopped
@@ -81,7 +79,7 @@ def test_stopped_and_continued_equals_never_stopped(finetune, straight_and_stopp
 def test_random_state_is_part_of_a_checkpoint(finetune, straight_and_stopped, monkeypatch):
     """Without the restored generator, dropout would draw other masks after a stop."""
     straight, stopped = straight_and_stopped
-    monkeypatch.setattr("utils.training.checkpoint.restore_random_state", lambda path: None)
+    monkeypatch.setattr(checkpoint, "restore_random_state", lambda path: None)
     finetune("stopped", *QUICK, *DROPOUT)
     with pytest.raises(AssertionError):
         assert_same(straight / "checkpoint-6", stopped / "checkpoint-6")
@@ -200,10 +198,10 @@ def test_a_model_that_copies_is_not_the_best(finetune, prepared):
 def test_copying_counts_before_the_loss(figures, best):
     state, chosen = TrainState(), []
     base = {"eval/loss": 0.5, "eval/copy_rate": 0.0}
-    assert not finetune_generative.is_better(base, state, 0.2), "the base model is no result"
+    assert not state.record_evaluation(base, 0.2), "the base model is no result"
     for state.step, (loss, rate) in enumerate(figures, 1):
         result = {"eval/loss": float(loss)} | ({} if rate is None else {"eval/copy_rate": rate})
-        if finetune_generative.is_better(result, state, 0.2):
+        if state.record_evaluation(result, 0.2):
             chosen.append(state.step)
             assert state.best_metrics == result
     assert (chosen, state.best_step, state.base_metrics) == (best, best[-1], base)

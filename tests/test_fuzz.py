@@ -360,9 +360,9 @@ def test_checkpoints(workshop, undisturbed, broken_off, tmp_path, amount):  # no
     """A damaged checkpoint is passed over; an attacker's is refused or has the shapes of the model."""
     train = finetune_generative.train
 
-    def look(args, plan, model, tokenizer, data, optimizer, state):
+    def look(setup, save_every, model, tokenizer, data, optimizer, state):
         """Take the place of the training: print what it would begin with."""
-        assert 0 <= state.step <= plan.max_steps, state.step
+        assert 0 <= state.step <= setup.max_steps, state.step
         tensors = [torch.get_rng_state()]
         for parameter in model.parameters():
             entry = optimizer.state[parameter]

@@ -1,5 +1,6 @@
 """A run that is stopped, resumed, watched or hurt ends equal to the bit, or is refused by name."""
 
+import dataclasses
 import functools
 import json
 import math
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import replace
 from forked import Workshop, digest_files, digest_run, digest_tensors, fresh, run_child, strays, undisturbed, workshop  # noqa: F401
 from safetensors.torch import load_file, save_file
 
@@ -19,7 +21,7 @@ import finetune_generative
 import utils.evaluation.loss
 import utils.training.checkpoint
 from utils.storage import describe_files, read_sealed, write_json, write_sealed
-from utils.training import setup
+from utils.training import optim
 from utils.training.metrics import read_metrics
 
 SIGTERM_CODE = 128 + signal.SIGTERM
@@ -29,13 +31,11 @@ def stop_in(step):
     """Make a hook that sends SIGTERM in the update that begins at a step; the run is saved after it."""
 
     def prepare():
-        class Stopping(setup.TrainingSetup):
-            def __init__(self, *args):
-                super().__init__(*args)
-                schedule = self.schedule
-                self.schedule = lambda now: (now == step and signal.raise_signal(signal.SIGTERM)) or schedule(now)
+        def stopping(*settings, build=optim.build_schedule):
+            schedule = build(*settings)
+            return lambda now: (now == step and signal.raise_signal(signal.SIGTERM)) or schedule(now)
 
-        setup.TrainingSetup = Stopping
+        replace(optim, "build_schedule", stopping)
 
     return prepare
 
@@ -69,7 +69,7 @@ def test_resumed_equals_straight(workshop, tmp_path, amount, workers):  # noqa: 
             command = workshop.finetune(fresh(tmp_path / "run"), *flags)
             ran(command, stop_in(stop - 1), SIGTERM_CODE)
             assert (tmp_path / "run" / f"checkpoint-{stop}").is_dir()
-            assert f"continuing from step {stop} of" in ran(command).out
+            assert f"resuming from step {stop} of" in ran(command).out
             where = f"stopped at {stop} of {length}, {workers} workers, {accumulation} micro-batches"
             assert digest_run(tmp_path / "run", length) == digest_run(straight, length), where
             assert measured(tmp_path / "run") == measured(straight), where
@@ -114,28 +114,25 @@ def test_interrupted_evaluation_is_made_up_for(workshop, tmp_path, number):  # n
                 progress = lambda _: stopping or signal.raise_signal(signal.SIGTERM)  # noqa: E731
             return score(model, blocks, batch_size, autocast, progress, stopping)
 
-        utils.evaluation.loss.score_blocks = score_blocks
+        replace(utils.evaluation.loss, "score_blocks", score_blocks)
 
     command = workshop.finetune(tmp_path / "run", *flags)
     ran(command, prepare, SIGTERM_CODE)
     step = 3 * (number - 1)
     assert step not in [row["step"] for row in measured(tmp_path / "run") if "eval/loss" in row]
-    assert f"continuing from step {step} of 6" in ran(command).out
+    assert f"resuming from step {step} of 6" in ran(command).out
     assert measured(tmp_path / "run") == measured(straight)
     assert digest_run(tmp_path / "run") == digest_run(straight)
 
 
 STOPPABLE = """
 import signal, sys, finetune_generative
-from utils.training import setup
 from utils.cli import run
-stop = int(sys.argv.pop(1))
-class Stopping(setup.TrainingSetup):
-    def __init__(self, *args):
-        super().__init__(*args)
-        schedule = self.schedule
-        self.schedule = lambda now: (now == stop and signal.raise_signal(signal.SIGTERM)) or schedule(now)
-setup.TrainingSetup = Stopping
+stop, build = int(sys.argv.pop(1)), finetune_generative.build_schedule
+def stopping(*settings):
+    schedule = build(*settings)
+    return lambda now: (now == stop and signal.raise_signal(signal.SIGTERM)) or schedule(now)
+finetune_generative.build_schedule = stopping
 run(finetune_generative.main, finetune_generative.parse_args())
 """
 
@@ -209,10 +206,8 @@ FREE = {
 
 
 def test_every_flag_shapes_the_result_or_is_free():
-    shaping, free = finetune_generative.SHAPING_FLAGS, finetune_generative.FREE_FLAGS
-    assert shaping | free == set(vars(finetune_generative.parse_args([])))
-    assert not shaping & free
-    assert (shaping, free) == (set(SHAPING), set(FREE))
+    flags, free = set(vars(finetune_generative.parse_args([]))), finetune_generative.FREE_FLAGS
+    assert (flags - free, free) == (set(SHAPING), set(FREE))
 
 
 def with_flag(workshop, out, name, value):  # noqa: F811
@@ -243,7 +238,7 @@ def test_other_value_of_a_shaping_flag_is_refused(workshop, stopped, name):  # n
 @pytest.mark.parametrize("name", sorted(FREE.keys() - {"dry_run"}))
 def test_other_value_of_a_free_flag_changes_no_bit(workshop, stopped, undisturbed, name):  # noqa: F811
     ended = ran(with_flag(workshop, stopped, name, FREE[name]))
-    assert ("continuing from step 3" in ended.out) == (name != "overwrite")
+    assert ("resuming from step 3" in ended.out) == (name != "overwrite")
     out = stopped if stopped.exists() else stopped.parent / "moved"
     assert digest_run(out) == digest_run(undisturbed)
     assert "warning" not in ended.err
@@ -278,7 +273,7 @@ def test_base_that_has_vanished_does_not_stop_a_resume(tmp_path, undisturbed, mo
     flags = ["--model-name", "model"] if name == "relative path" else []
     ran(here.finetune(tmp_path / "run", *flags), stop_in(2), SIGTERM_CODE)
     here.model.rename(tmp_path / "away")
-    assert "continuing from step 3" in ran(here.finetune(tmp_path / "run", *flags)).out
+    assert "resuming from step 3" in ran(here.finetune(tmp_path / "run", *flags)).out
     assert digest_run(tmp_path / "run") == digest_run(undisturbed)
 
 
@@ -296,8 +291,8 @@ def plant(where, step, value):
             utils.training.checkpoint.save_checkpoint,
         )
 
-        def spoiled_train(args, plan, model, tokenizer, data, optimizer, state):
-            schedule, forward = plan.schedule, model.forward
+        def spoiled_train(setup, save_every, model, tokenizer, data, optimizer, state):
+            schedule, forward = setup.schedule, model.forward
             weight, positions = model.transformer.h[0].mlp.c_fc.weight, model.transformer.wpe.weight
 
             def spoil(here, index=(0, 0)):
@@ -332,9 +327,9 @@ def plant(where, step, value):
 
             if where == "gradient":
                 weight.register_hook(lambda found: found + value if state.step == step else found)
-            plan.schedule, model.forward = spoiled_schedule, spoiled_forward
+            setup, model.forward = dataclasses.replace(setup, schedule=spoiled_schedule), spoiled_forward
             utils.training.checkpoint.save_checkpoint, finetune_generative.evaluate = spoiled_save, spoiled_evaluate
-            return train(args, plan, model, tokenizer, data, optimizer, state)
+            return train(setup, save_every, model, tokenizer, data, optimizer, state)
 
         finetune_generative.train = spoiled_train
 

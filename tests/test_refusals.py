@@ -225,7 +225,7 @@ def test_book_changes(refuse, here, book, tiny_model, monkeypatch, moment):
     import prepare_data
 
     path = Path(shutil.copy(book, here.parent / "growing.txt"))
-    owner, name = (Path, "read_bytes") if moment == "read" else (prepare_data, "tokenizer_of_model")
+    owner, name = (Path, "read_bytes") if moment == "read" else (prepare_data, "load_model_tokenizer")
     original = getattr(owner, name)
 
     def grow(argument):
@@ -590,7 +590,7 @@ DATA = [
     ("F7", lambda data: data_file(data).write_bytes(bytes(data_file(data).stat().st_size)),
      DAMAGED_BLOCKS + "checksum differs"),
     ("F8", escape_folder, f"data/{MANIFEST}: file name '../../x' not allowed"),
-    ("F9", edit_manifest(format=99), ("data: format 99 is newer than this program", "(1)")),
+    ("F9", edit_manifest(format=99), ("data: format 99 is newer than this program", "(2)")),
     ("F11", rewrite_ids(400), "data has token id 400; the model knows 0 to 399"),
     ("F12", rewrite_ids(-1), "data has token id -1; the model knows 0 to 399"),
     ("F14", empty_training, "data: data has no training blocks"),
@@ -791,7 +791,7 @@ def test_unfinished_run_goes_on(script, here, prepared, four_steps):
     shutil.rmtree(run / "checkpoint-4")
     result = script("finetune_generative", *train_flags(prepared), "--save-every", 2, "--output-dir", "run")
     assert result.code == 0
-    assert "continuing from step 2 of 4" in result.out
+    assert "resuming from step 2 of 4" in result.out
     assert (run / "checkpoint-4").is_dir()
 
 
@@ -869,7 +869,7 @@ def test_resumed_with_a_warning(script, here, prepared, four_steps, damage, says
     result = script("finetune_generative", *train_flags(prepared), *RESUME)
     assert result.code == 0, result.err
     assert [result.err.count(part) for part in says] == [1] * len(says)
-    assert "continuing from step 2 of 4" in result.out
+    assert "resuming from step 2 of 4" in result.out
     assert (
         describe_files(here / "run" / "checkpoint-4")["model.safetensors"]
         == describe_files(four_steps / "checkpoint-4")["model.safetensors"]
@@ -960,7 +960,10 @@ def test_too_little_room(refuse, book, tiny_model, prepared, monkeypatch, row, s
     refuse(SCRIPTS[row[0]], *flags, says=says, code=3)
 
 
-HOLD = "import sys, pathlib, utils.output_dir as l\nwith l.lock(pathlib.Path(sys.argv[1]), sys.argv[2]): print(); input()"
+HOLD = """
+import sys, pathlib, utils.output_dir as output_dir
+with output_dir.lock(pathlib.Path(sys.argv[1]), sys.argv[2]): print(); input()
+"""
 
 
 @pytest.mark.parametrize(("row", "kind"), [pytest.param(*r, id=r[0]) for r in [("P47", "prepare"), ("F57", "train")]])

@@ -1,18 +1,20 @@
 """What is said before a run: the micro-batch that fits, time, memory, disk; and that saying it leaves no trace."""
 
+import dataclasses
 import gc
 import json
 import math
 import platform
 import subprocess
 import sys
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 import torch
 from forked import digest_files
 
-from utils.data.blocks import open_blocks
+from utils.data.blocks import BatchOrder, open_blocks
 from utils.errors import UserError
 from utils.model.hub import locate_model
 from utils.model.layers import use_fast_layers
@@ -54,22 +56,24 @@ def test_micro_batches_give_the_batch_up_to_rounding(finetune):
 
 
 @pytest.fixture
-def case(prepared, tiny_model):
+def case(prepared, tiny_model, tmp_path):
     """The parts of a training just before its first step, with dropout so that random numbers are drawn."""
-    args = SimpleNamespace(batch_size=8, grad_accum_steps=1, seed=1, max_steps=50, epochs=1, eval_every=5,
-                           save_every=None, lr_schedule="cosine", learning_rate=1e-3, warmup_ratio=0.0, dtype="fp32",
-                           micro_batch_size=None, max_grad_norm=1.0, eval_batch_size=4, sample_tokens=3,
-                           keep_checkpoints=2)  # fmt: skip
     data = open_blocks(prepared)
     model, _ = load_pair(locate_model(str(tiny_model)))
-    plan = TrainingSetup(args, data, CPU)
-    plan.probe = SimpleNamespace(prompts=[[1, 2]], new_tokens=5, eos_token_id=0)
+    setup = TrainingSetup(
+        device=CPU, dtype="fp32", autocast=nullcontext, order=BatchOrder(len(data.train), 8, 1, 1), max_steps=50,
+        micro_batch_size=8, schedule=lambda step: 1e-3, max_grad_norm=1.0, seed=1, output_dir=tmp_path, eval_every=5,
+        eval_batch_size=4, early_stopping_patience=None,
+        copy_monitor=SimpleNamespace(prompts=[[1, 2]], new_tokens=5, eos_token_id=0), sample_prompt="", sample_ids=[0],
+        sample_tokens=3, save_every=None, save_dtype="fp32", keep_checkpoints=2, log_every=1, report_to="none",
+        num_workers=0,
+    )  # fmt: skip
     use_fast_layers(model.train(), CPU)
-    return SimpleNamespace(args=args, data=data, model=model, plan=plan, state=checkpoint.TrainState())
+    return SimpleNamespace(data=data, model=model, setup=setup)
 
 
-def pick(case):
-    return forecast.pick_micro_batch(case.args, case.plan, case.model, case.data, case.state)
+def choose(case, given=None):
+    return forecast.choose_micro_batch(case.model, case.data, nullcontext, 8, given)
 
 
 def forecast_run(case, step=0):
@@ -77,7 +81,7 @@ def forecast_run(case, step=0):
 
     optimizer = build_optimizer(case.model, 1e-3, 0.01, (0.9, 0.999), 1e-8)
     found = forecast.forecast_run(
-        case.args, case.plan, case.model, optimizer, case.data, step, finetune_generative.forward_backward
+        case.setup, case.model, optimizer, case.data, step, finetune_generative.forward_backward
     )
     return found, optimizer
 
@@ -87,7 +91,7 @@ def test_calibrating_leaves_no_trace(case):
     torch.manual_seed(9)
     expected = torch.rand(3)
     torch.manual_seed(9)
-    pick(case)
+    choose(case)
     _, optimizer = forecast_run(case)
     assert torch.equal(torch.rand(3), expected)
     assert all(torch.equal(value, before[name]) for name, value in case.model.state_dict().items())
@@ -110,9 +114,9 @@ def test_counting_activations_keeps_none(case):
         return sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects())
 
     blocks = case.data.train[:2]["input_ids"]
-    forecast.count_activations(case.model, case.plan, blocks)  # what the first call makes for good is there
+    forecast.count_activations(case.model, blocks, nullcontext)  # what the first call makes for good is there
     before = n_tensors()
-    assert forecast.count_activations(case.model, case.plan, blocks) > 0
+    assert forecast.count_activations(case.model, blocks, nullcontext) > 0
     assert n_tensors() == before
 
 
@@ -127,24 +131,22 @@ def test_freed_memory_is_kept():
 
 
 def test_micro_batch_is_what_is_of_use_and_what_fits(case, monkeypatch, capsys):
-    assert pick(case) == 8
+    assert choose(case) == 8
     monkeypatch.setitem(forecast.ENOUGH_TOKENS, "cpu", 5 * case.data.block_size)
-    assert pick(case) == 5
+    assert choose(case) == 5
     blocks = case.data.train[:4]["input_ids"]
-    one, two, four = (forecast.count_activations(case.model, case.plan, blocks[:n]) for n in (1, 2, 4))
+    one, two, four = (forecast.count_activations(case.model, blocks[:n], nullcontext) for n in (1, 2, 4))
     assert four - two == pytest.approx(2 * (two - one), rel=0.02)
     states = 4 * checkpoint.checkpoint_bytes(case.model) // 3
     room = states + 3.5 * forecast.TEMPORARY * (two - one)
     monkeypatch.setattr(forecast, "free_bytes", lambda device: room / forecast.USABLE)
-    assert pick(case) == 3
+    assert choose(case) == 3
     assert capsys.readouterr().err == ""
-    case.args.micro_batch_size = 7
-    assert pick(case) == 7
+    assert choose(case, 7) == 7
     assert "memory is short" in (said := capsys.readouterr().err)
     assert "--micro-batch-size 3 fits" in said
-    case.args.micro_batch_size = None
     monkeypatch.setattr(forecast, "free_bytes", lambda device: 1000)
-    assert pick(case) == 1
+    assert choose(case) == 1
     assert "memory is short" in capsys.readouterr().err
 
 
@@ -156,8 +158,8 @@ def test_a_run_that_goes_on_keeps_its_micro_batch(finetune, monkeypatch):
         path.unlink()
     monkeypatch.setitem(forecast.ENOUGH_TOKENS, "cpu", 10**6)
     result, out = finetune("stopped", "--save-every", 3)
-    assert "continuing from step 3" in result.out
-    assert "2 at once" in result.out
+    assert "resuming from step 3" in result.out
+    assert "2 blocks per forward pass" in result.out
     assert train_losses(out) == train_losses(straight)
     path = out / "checkpoint-6/trainer_state.json"
     assert json.loads(path.read_text())["machine"]["micro_batch_size"] == 2
@@ -166,8 +168,8 @@ def test_a_run_that_goes_on_keeps_its_micro_batch(finetune, monkeypatch):
 def test_dry_run_writes_nothing(finetune, tmp_path):
     result, out = finetune("new", "--dry-run")
     assert not out.exists()
-    assert "will take" in result.out
-    assert "6 updates" in result.out
+    assert "forecast" in result.out
+    assert "6 steps" in result.out
     _, out = finetune("done")
     before = digest_files(out)
     assert "already complete" in finetune("done", "--dry-run")[0].out
@@ -190,15 +192,18 @@ def test_length_and_disk_of_the_rest_of_a_run(case):
 
 
 def test_slow_saving_is_done_more_rarely_unless_asked_for(case, monkeypatch):
-    forecast_run(case)
-    assert case.plan.save_every == 5
+    assert forecast_run(case)[0].save_every == 5
     monkeypatch.setattr(forecast, "SAVED_BYTES_PER_SECOND", 1e6)  # ten seconds a checkpoint
-    forecast_run(case)
-    assert case.plan.save_every > 5
-    assert case.plan.save_every % 5 == 0
-    case.args.save_every = case.plan.save_every = 2
-    forecast_run(case)
-    assert case.plan.save_every == 2
+    rarer = forecast_run(case)[0].save_every
+    assert rarer > 5
+    assert rarer % 5 == 0
+    case.setup = dataclasses.replace(case.setup, save_every=2)
+    assert forecast_run(case)[0].save_every == 2
+
+
+def test_the_setup_is_changed_by_nobody(case):
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        case.setup.save_every = 2
 
 
 @pytest.mark.parametrize("step", [0, 3, 5])

@@ -1,7 +1,4 @@
-"""Save a training whole, find the newest checkpoint, restore it to the bit.
-
-A checkpoint is a folder checkpoint-<step> of safetensors and JSON; no pickle is written or read.
-"""
+"""Save, find and restore checkpoints: folders checkpoint-<step> of safetensors and JSON, never a pickle."""
 
 import copy
 import platform
@@ -10,11 +7,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
-from utils.errors import UserError, warn
+from utils.errors import UserError, require_finite, warn
 from utils.model.loading import refuse_not_finite
 from utils.storage import (
     MANIFEST,
+    diff_settings,
     discard,
     publish_files,
     publish_folder,
@@ -28,17 +28,15 @@ from utils.training.metrics import RESULT_NAMES
 FORMAT = 1
 STATE = "trainer_state.json"
 OPTIMIZER, RANDOM = "optimizer.safetensors", "rng_state.safetensors"
-# What a run did that was begun before the flag was there.
-BEFORE_THE_FLAG = {"copy_samples": 0, "compile": False}
-OTHER_BYTES = 8_000_000  # tokenizer, configs and random state of a checkpoint, generously
+OTHER_BYTES = 8_000_000  # upper estimate for tokenizer, configs and RNG state
 
 
 @dataclass
 class TrainState:
-    """What a run knows besides weights, optimizer and random state.
+    """State of a run besides weights, optimizer and RNG.
 
-    step counts optimizer updates done, tokens those trained on, seconds those spent in all sittings;
-    evaluated_step is the last step that was scored to its end, machine what bit identity depends on.
+    step: optimizer steps done; tokens: trained on; seconds: of all sessions; evaluated_step: last step whose evaluation
+    finished; machine: what bit identity depends on.
     """
 
     step: int = 0
@@ -52,12 +50,34 @@ class TrainState:
     finished: bool = False
     machine: dict = field(default_factory=dict)
 
+    def record_evaluation(self, result: dict[str, float], max_copy_rate: float) -> bool:
+        """Record an evaluation of the current step; return whether it is the best: copying first, then the loss.
+
+        Args:
+            result: eval/loss and more; {} without validation blocks, then every step counts as the best.
+            max_copy_rate: a model with a higher eval/copy_rate is best only when all others exceed it too.
+        """
+
+        def rank(metrics: dict[str, float]) -> tuple[bool, float]:
+            return metrics.get("eval/copy_rate", 0.0) > max_copy_rate, metrics["eval/loss"]
+
+        require_finite(self.step, **{"validation loss": result.get("eval/loss", 0.0)})
+        self.evaluated_step = self.step
+        if self.step == 0:
+            self.base_metrics = result
+            return False
+        self.evals_without_gain += 1
+        better = not result or not self.best_metrics or rank(result) < rank(self.best_metrics)
+        if better:
+            self.best_step, self.best_metrics, self.evals_without_gain = self.step, result, 0
+        return better
+
 
 def save_checkpoint(output_dir: Path, model, tokenizer, optimizer, state: TrainState, keep: int) -> Path:
-    """Write checkpoint-<step>, then remove all but the newest `keep`."""
+    """Write checkpoint-<step>, then remove all but the newest `keep` checkpoints."""
     refuse_not_finite(model, optimizer)
     folder = output_dir / f"checkpoint-{state.step}"
-    # A step that is saved already differs in trainer_state.json alone: at every moment one of the two is whole.
+    # A step saved before differs in trainer_state.json only; replacing files keeps one of the two whole at any moment.
     publish = publish_files if folder.is_dir() and check_checkpoint(folder) is None else publish_folder
     with publish(folder, {"format": FORMAT}, checkpoint_bytes(model), "a checkpoint") as partial:
         model.save_pretrained(partial)
@@ -70,26 +90,19 @@ def save_checkpoint(output_dir: Path, model, tokenizer, optimizer, state: TrainS
 
 
 def remove_older(folder: Path, keep: int) -> None:
-    """Remove checkpoints but this one and the `keep` - 1 before it; a newer one is damaged, and not counted."""
+    """Remove all checkpoints except this one and the `keep` - 1 before it; newer ones are damaged and stay."""
     saved = list_checkpoints(folder.parent)
     for old in saved[saved.index(folder) :][keep:]:
         discard(old)
 
 
 def checkpoint_bytes(model) -> int:
-    """Return about how many bytes a checkpoint takes: weights and AdamW's two averages."""
+    """Estimate the bytes of a checkpoint: weights and AdamW's two averages."""
     return 3 * sum(p.numel() * p.element_size() for p in model.parameters()) + OTHER_BYTES
 
 
 def save_best(output_dir: Path, model, tokenizer, dtype: torch.dtype) -> None:
-    """Put a model, as save_pretrained writes it, and its tokenizer at the root of the output folder.
-
-    Args:
-        output_dir: receives the files, and a manifest of them.
-        model: saved in dtype; the model itself stays as it is.
-        tokenizer: saved beside it.
-        dtype: of the written weights.
-    """
+    """Write model (weights in `dtype`, itself unchanged) and tokenizer to the root of the output folder."""
     # A copy keeps tied weights tied, so that they are written once.
     written = model if model.dtype == dtype else copy.deepcopy(model).to(dtype)
     refuse_not_finite(written)
@@ -98,38 +111,30 @@ def save_best(output_dir: Path, model, tokenizer, dtype: torch.dtype) -> None:
         tokenizer.save_pretrained(partial)
 
 
-def describe_machine(plan) -> dict:
-    """Return what must be equal for a continued run to be equal to the bit."""
-    return {"threads": torch.get_num_threads(), "torch": torch.__version__, "device": plan.device.type,
-            "processor": platform.machine(), "layers": plan.layers,
-            "micro_batch_size": plan.micro_batch_size}  # fmt: skip
-
-
-def record_machine(state: TrainState, plan) -> None:
-    """Put the machine into the state, and warn when the run was begun on another."""
-    machine, before = describe_machine(plan), state.machine
+def record_machine(state: TrainState, device: torch.device, micro_batch_size: int) -> None:
+    """Record in the state what a bit-identical resume depends on, and warn where the run was started differently."""
+    machine = {"threads": torch.get_num_threads(), "torch": torch.__version__, "device": device.type,
+               "processor": platform.machine(), "micro_batch_size": micro_batch_size}  # fmt: skip
+    before, state.machine = state.machine, machine
     changed = [f"{name} {now}, was {before[name]}" for name, now in machine.items() if before.get(name, now) != now]
     if changed:
         warn(f"not bit-identical from here: {'; '.join(changed)}")
-    state.machine = machine
 
 
 def refuse_other_settings(path: Path, settings: dict) -> None:
-    """Refuse to continue a run with other settings than run_config.json says it has.
+    """Raise UserError when the settings differ from those in the run_config.json at `path`.
 
     Args:
-        path: the run's run_config.json.
-        settings: what shapes the result now; hashes among them end in _sha256.
+        settings: everything that shapes the result; names of hashes end in _sha256.
     """
-    before = read_json(path).get("settings")
-    for name, now in settings.items():
-        was = before.get(name, BEFORE_THE_FLAG.get(name)) if isinstance(before, dict) else None
-        if was != now:
-            what = f"--{name.replace('_', '-')} {now} but the run has {was}"
-            if name.endswith("_sha256"):
-                kind = {"data_sha256": "data", "base_sha256": "base model"}[name]
-                what = f"{kind} differs from the run's (sha256 {now[:8]} not {str(was)[:8]})"
-            raise UserError(f"resume: {what}; use the same, another --output-dir, or --overwrite")
+    changed = diff_settings(read_json(path).get("settings"), settings)
+    if changed:
+        name, was, now = changed
+        what = f"--{name.replace('_', '-')} {now} but the run has {was}"
+        if name.endswith("_sha256"):
+            kind = {"data_sha256": "data", "base_sha256": "base model"}[name]
+            what = f"{kind} differs from the run's (sha256 {now[:8]} not {str(was)[:8]})"
+        raise UserError(f"resume: {what}; use the same, another --output-dir, or --overwrite")
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
@@ -139,11 +144,7 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
 
 
 def find_checkpoint(output_dir: Path) -> Path | None:
-    """Return the newest checkpoint whose every file is as it was written.
-
-    Raises:
-        UserError: there are checkpoints, and none is usable.
-    """
+    """Return the newest undamaged checkpoint, None without any; UserError if all are damaged."""
     reasons = []
     for folder in list_checkpoints(output_dir):
         reason = check_checkpoint(folder)
@@ -162,13 +163,13 @@ def check_checkpoint(folder: Path) -> str | None:
     """Return why a checkpoint cannot be used, or None.
 
     Raises:
-        UserError: it is of a newer format; an older one beside it would lose what is newer.
+        UserError: its format is newer; resuming from an older checkpoint would lose steps.
     """
     try:
         made = read_sealed(folder).get("format")
         reason = verify_folder(folder)
         if reason is None and read_state(folder).step != int(folder.name.split("-")[1]):
-            reason = f"{STATE} is of another step"
+            reason = f"{STATE} belongs to another step"
         lacking = [name for name in (OPTIMIZER, RANDOM) if not (folder / name).is_file()]
         if reason is None and lacking:
             reason = f"{lacking[0]} is missing"
@@ -180,11 +181,7 @@ def check_checkpoint(folder: Path) -> str | None:
 
 
 def read_state(folder: Path) -> TrainState:
-    """Read trainer_state.json.
-
-    Raises:
-        UserError: a field lacks, is unknown, of another type, or no number that a run gives.
-    """
+    """Read trainer_state.json; UserError for a missing or unknown field, another type or an impossible number."""
     values, types = read_json(folder / STATE), {name: type(value) for name, value in asdict(TrainState()).items()}
     fits = {name: type(value) for name, value in values.items()} == types
     if fits:
@@ -199,9 +196,7 @@ def read_state(folder: Path) -> TrainState:
 
 
 def save_optimizer(model, optimizer, path: Path) -> None:
-    """Write AdamW's two averages and step count of every parameter, under the parameter's name."""
-    from safetensors.torch import save_file
-
+    """Write AdamW's two averages and step count of each parameter under the parameter's name."""
     tensors = {
         f"{key}/{name}": value.detach().cpu().contiguous()
         for name, parameter in model.named_parameters()
@@ -211,11 +206,7 @@ def save_optimizer(model, optimizer, path: Path) -> None:
 
 
 def restore_optimizer(model, optimizer, path: Path) -> None:
-    """Give AdamW back what save_optimizer wrote.
-
-    Raises:
-        UserError: a tensor has another shape than its parameter; AdamW itself would accept it.
-    """
+    """Restore AdamW from save_optimizer's file; UserError for a tensor of another shape, which AdamW would accept."""
     tensors = read_tensors(path)
     for name, parameter in model.named_parameters():
         entry = {key: tensors.get(f"{key}/{name}") for key in ("step", "exp_avg", "exp_avg_sq")}
@@ -226,15 +217,12 @@ def restore_optimizer(model, optimizer, path: Path) -> None:
             if value is None or value.shape != expected:
                 found = "missing" if value is None else "x".join(map(str, value.shape))
                 raise UserError(f"{path}: {key} of {name} is {found}, expected {'x'.join(map(str, expected))}")
-        # Fused AdamW on a GPU keeps its step counts there, on a CPU they stay on the CPU.
+        # Fused AdamW keeps its step counts on the parameter's device.
         optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in entry.items()}
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     """Read a safetensors file."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     try:
         return load_file(path)
     except SafetensorError as error:
@@ -242,9 +230,7 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def save_random_state(path: Path) -> None:
-    """Write the state of torch's generators, which dropout draws from."""
-    from safetensors.torch import save_file
-
+    """Write the state of torch's generators, from which dropout draws."""
     states = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state()
@@ -252,13 +238,8 @@ def save_random_state(path: Path) -> None:
 
 
 def restore_random_state(path: Path) -> None:
-    """Give torch's generators back the state that save_random_state wrote.
-
-    Raises:
-        UserError: the state has another size than this PyTorch's.
-    """
-    states = read_tensors(path)
-    expected = len(torch.get_rng_state())
+    """Restore torch's generators from save_random_state's file; UserError for a state of another size."""
+    states, expected = read_tensors(path), len(torch.get_rng_state())
     if "cpu" not in states or len(states["cpu"]) != expected:
         raise UserError(f"{path}: {len(states.get('cpu', []))} bytes, expected {expected}")
     torch.set_rng_state(states["cpu"])

@@ -1,9 +1,16 @@
-"""What a run writes about itself: metrics.jsonl, the loss picture, TensorBoard."""
+"""Metrics of a run: metrics.jsonl, TensorBoard, run_config.json, all_results.json, loss_curve.png."""
 
 import json
 import platform
 from pathlib import Path
 
+import datasets
+import tokenizers
+import torch
+import transformers
+
+from utils.data.blocks import Blocks
+from utils.evaluation.plots import draw_loss
 from utils.storage import replacing, sync, write_json, write_text
 
 METRICS = "metrics.jsonl"
@@ -12,28 +19,27 @@ RESULT_NAMES = {"eval/loss": "eval_loss", "eval/perplexity": "perplexity", "eval
 
 
 class MetricsLog:
-    """Append one JSON object a line to metrics.jsonl, and to TensorBoard if asked.
+    """Append one JSON object per line to metrics.jsonl, and to TensorBoard if asked.
 
     Args:
         folder: the run's output folder.
-        step: lines after this step are dropped: they belong to work that was lost and is done again.
-        evaluated_step: the same for evaluations, of which the last may be done again at step itself.
+        step: training lines after this step are dropped: that work was lost and is done again.
+        evaluated_step: the same for evaluations, of which the last may be done again at `step` itself.
         tensorboard: write event files to folder/tensorboard too.
     """
 
     def __init__(self, folder: Path, step: int, evaluated_step: int, tensorboard: bool = False) -> None:
-        self.path = folder / METRICS
+        self.path, self.writer = folder / METRICS, None
         rows = read_metrics(folder)
         kept = [row for row in rows if row["step"] <= (step if "train/loss" in row else evaluated_step)]
         write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
-        self.writer = None
         if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
+            from torch.utils.tensorboard import SummaryWriter  # an optional package
 
             self.writer = SummaryWriter(folder / "tensorboard", purge_step=step or None)
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Write one line at once, so that a killed run keeps what it has measured."""
+        """Append one line at once, so that a killed run keeps it."""
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **values}, allow_nan=False) + "\n")
         if self.writer:
@@ -41,7 +47,7 @@ class MetricsLog:
                 self.writer.add_scalar(key, value, step)
 
     def sync(self) -> None:
-        """Force the lines to the disk: a checkpoint must not be newer than what it was measured by."""
+        """Force the lines to the disk: a checkpoint must not be newer than its metrics."""
         sync(self.path)
 
     def close(self) -> None:
@@ -50,7 +56,7 @@ class MetricsLog:
 
 
 def read_metrics(folder: Path) -> list[dict]:
-    """Read metrics.jsonl up to the first line that a kill or a power cut has spoilt."""
+    """Read metrics.jsonl up to the first line damaged by a kill or a power cut."""
     rows = []
     if (folder / METRICS).is_file():
         for line in (folder / METRICS).read_text(encoding="utf-8", errors="replace").splitlines():
@@ -62,58 +68,24 @@ def read_metrics(folder: Path) -> list[dict]:
     return rows
 
 
-def draw_loss_curve(folder: Path, best_step: int) -> None:
-    """Draw training and validation loss over the steps, the base model's level and the model that was kept marked."""
-    import matplotlib
-
-    matplotlib.use("Agg")  # no screen needed
-    from matplotlib import pyplot
-
-    rows = read_metrics(folder)
-    train = [(row["step"], row["train/loss"]) for row in rows if "train/loss" in row]
-    validation = [(row["step"], row["eval/loss"]) for row in rows if "eval/loss" in row]
-    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
-    if train:
-        axes.plot(*zip(*train, strict=True), color="#9db4c8", linewidth=1, label="training")
-    if validation:
-        axes.plot(*zip(*validation, strict=True), color="#b5482b", marker="o", label="validation")
-        for best in [point for point in validation if point[0] == best_step > 0]:
-            axes.annotate(
-                f"best {best[1]:.3f}", best, textcoords="offset points", xytext=(0, -16), ha="center", color="#b5482b"
-            )
-        if validation[0][0] == 0:
-            axes.axhline(validation[0][1], color="#555555", linestyle="--", linewidth=1, label="base model")
-    axes.set(xlabel="step (optimizer updates)", ylabel="loss (nats a token)", title="Loss on the book")
-    axes.grid(alpha=0.25)
-    axes.legend()
-    with replacing(folder / "loss_curve.png") as partial:
-        figure.savefig(partial, dpi=120, format="png")
-    pyplot.close(figure)
-
-
-def write_run_config(args, settings: dict, base: str, data, machine: dict) -> None:
-    """Write run_config.json: every setting, the data's counts and hashes, versions, machine."""
-    import datasets
-    import tokenizers
-    import torch
-    import transformers
-
+def write_run_config(folder: Path, settings: dict, flags: dict, base: str, data: Blocks, machine: dict) -> None:
+    """Write run_config.json: settings, flags, the data's counts and hashes, versions, machine."""
     libraries = (torch, transformers, datasets, tokenizers)
     config = {
         "made_by": "finetune_generative.py",
         "base_model": base,
-        "data_dir": str(args.data_dir),
+        "data_dir": str(data.folder),
         "settings": settings,
-        "flags": {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items()},
+        "flags": flags,
         "data": {name: data.manifest[name] for name in ("settings", "splits", "tokenizer", "block_size")},
         "versions": {"python": platform.python_version()} | {lib.__name__: lib.__version__ for lib in libraries},
         "machine": {"system": platform.platform(), **machine},
     }
-    write_json(args.output_dir / "run_config.json", config)
+    write_json(folder / "run_config.json", config)
 
 
 def write_results(folder: Path, state, max_steps: int) -> dict:
-    """Draw the loss and write all_results.json: the base's figures, the best model's, what the run took."""
+    """Draw loss_curve.png and write all_results.json: metrics of the base and of the best model, runtime."""
     draw_loss_curve(folder, state.best_step)
     results = {f"base_{RESULT_NAMES[key]}": value for key, value in state.base_metrics.items()}
     results |= {RESULT_NAMES[key]: value for key, value in state.best_metrics.items()}
@@ -123,3 +95,11 @@ def write_results(folder: Path, state, max_steps: int) -> dict:
     results |= {"train_tokens_per_second": round(speed, 1)}
     write_json(folder / "all_results.json", results)
     return results
+
+
+def draw_loss_curve(folder: Path, best_step: int) -> None:
+    """Draw the training and validation loss of metrics.jsonl into loss_curve.png."""
+    rows = read_metrics(folder)
+    train, validation = ([(row["step"], row[key]) for row in rows if key in row] for key in ("train/loss", "eval/loss"))
+    with replacing(folder / "loss_curve.png") as partial:
+        draw_loss(train, validation, best_step).savefig(partial, dpi=180, format="png")

@@ -1,33 +1,23 @@
-"""AdamW, which parameters decay, and the learning-rate schedule."""
+"""AdamW, its parameter groups, and the learning-rate schedule."""
 
 import math
 from collections.abc import Callable
 
 import torch
 
-SCHEDULES = ("cosine", "linear", "constant")
-
 
 def decay_groups(model, weight_decay: float) -> list[dict]:
-    """Split parameters into those that decay (matrices) and those that do not (biases, norms).
-
-    Decay pulls weights to zero; that makes sense for the entries of a matrix, not for a gain of 1.
-    """
+    """Return AdamW parameter groups: matrices with weight decay, biases and norms without."""
+    # Decay pulls towards zero, which makes no sense for a gain of 1.
     matrices = [p for p in model.parameters() if p.requires_grad and p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.requires_grad and p.dim() < 2]
-    return [
-        {"params": matrices, "weight_decay": weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
+    return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
 
 
 def build_optimizer(
     model, learning_rate: float, weight_decay: float, betas: tuple[float, float], eps: float
 ) -> torch.optim.AdamW:
-    """Make AdamW over a model's parameters.
-
-    Source: Loshchilov and Hutter 2019, arXiv 1711.05101.
-    """
+    """Build AdamW over a model's parameters. Source: Loshchilov and Hutter 2019, arXiv 1711.05101."""
     groups = decay_groups(model, weight_decay)
     return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=eps, fused=True)
 
@@ -36,10 +26,10 @@ def build_schedule(kind: str, learning_rate: float, max_steps: int, warmup_ratio
     """Return the learning rate as a function of the step, counted from 0.
 
     Args:
-        kind: 'cosine' or 'linear' falls to zero at max_steps, 'constant' stays.
-        learning_rate: the peak.
-        max_steps: updates of the whole run.
-        warmup_ratio: share of them in which the rate rises from zero.
+        kind: 'cosine' and 'linear' decay to zero at max_steps, 'constant' does not decay.
+        learning_rate: peak value.
+        max_steps: steps of the whole run.
+        warmup_ratio: share of the steps with linear warm-up from zero.
     """
     warmup = math.ceil(max_steps * warmup_ratio)
 
@@ -54,6 +44,6 @@ def build_schedule(kind: str, learning_rate: float, max_steps: int, warmup_ratio
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Give every parameter group the same learning rate."""
+    """Set the learning rate of every parameter group."""
     for group in optimizer.param_groups:
         group["lr"] = lr

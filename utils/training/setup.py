@@ -1,48 +1,56 @@
-"""What is decided before the first step of a training: device, length, batch order, schedule, intervals."""
+"""The training setup: everything that is decided before the first step."""
 
 import ctypes
 import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from utils.data.blocks import BatchOrder
-from utils.model.loading import autocast, pick_dtype
-from utils.training.optim import build_schedule
+from utils.evaluation.memorization import CopyMonitor
 
 
+@dataclass(frozen=True)
 class TrainingSetup:
-    """The way of a training, from its flags, its data and its device.
+    """Settings of a training, decided once and never changed. Fields named like a flag have that flag's meaning.
 
-    What the model must be there for comes later: the copy probe, and how many blocks it takes at once.
-
-    Args:
-        args: the flags.
-        data: Blocks.
-        device: to compute on.
-        begun_on: what the state of a run that goes on says of its machine.
+    Steps are optimizer steps. `autocast` returns the context of a forward pass, `schedule` the learning rate of a step
+    counted from 0; `micro_batch_size` is in blocks per forward pass; `save_every` is None where the forecast decides.
     """
 
-    def __init__(self, args, data, device: torch.device, begun_on: dict | None = None) -> None:
-        self.device, self.dtype = device, pick_dtype(args.dtype, device)
-        self.order = BatchOrder(len(data.train), args.batch_size, args.grad_accum_steps, args.seed)
-        self.max_steps = args.max_steps or args.epochs * self.order.steps_per_epoch
-        self.eval_every = args.eval_every or max(1, self.max_steps // 10)
-        self.save_every = args.save_every or self.eval_every
-        self.schedule = build_schedule(args.lr_schedule, args.learning_rate, self.max_steps, args.warmup_ratio)
-        # A run begun before there were faster layers goes on without them, to the same end.
-        self.layers = begun_on.get("layers", "plain") if begun_on else "fast"
-        self.micro_batch_size, self.probe = args.batch_size, None
-
-    def autocast(self):
-        """Return the context to compute in."""
-        return autocast(self.device, self.dtype)
+    device: torch.device
+    dtype: str
+    autocast: Callable[[], AbstractContextManager]
+    order: BatchOrder
+    max_steps: int
+    micro_batch_size: int
+    schedule: Callable[[int], float]
+    max_grad_norm: float
+    seed: int
+    output_dir: Path
+    eval_every: int
+    eval_batch_size: int
+    early_stopping_patience: int | None
+    copy_monitor: CopyMonitor
+    sample_prompt: str
+    sample_ids: list[int]
+    sample_tokens: int
+    save_every: int | None
+    save_dtype: str
+    keep_checkpoints: int
+    log_every: int
+    report_to: str
+    num_workers: int
 
 
 def keep_freed_memory(most: int = 2**30) -> None:
-    """Have the C library keep freed memory for this process; does nothing where it is not glibc.
+    """Have glibc keep freed memory for this process; does nothing with another C library.
 
-    By itself it gives every tensor of more than 32 MB, such as a batch's logits, back to the system, from where it
-    comes again page by page, each filled with zeros first: a tenth of a training's time on a CPU.
+    By default it returns every tensor above 32 MB, such as a batch of logits, to the system, which zeroes each page
+    before it hands it out again: a tenth of a training's time on a CPU.
 
     Args:
         most: bytes of the largest tensor that is kept.
