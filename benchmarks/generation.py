@@ -3,20 +3,19 @@
 import time
 
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from benchmarks.timing import main
 from benchmarks.training import TINY
+from utils.evaluation.generation import Decoding, generate_ids
+from utils.model.layers import use_fast_layers
+from utils.model.loading import autocast
 
 PROMPTS, ALONE = 32, 2
 
 
 def measure(quick: bool) -> dict:
     """Compare tokens a second; check that greedy text in float32 is the same."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    from utils.evaluation.generation import Decoding, generate_ids
-    from utils.model.layers import use_fast_layers
-    from utils.model.loading import autocast
 
     torch.manual_seed(0)
     device, n_tokens = torch.device("cpu"), 10 if quick else 75
@@ -57,7 +56,7 @@ def measure(quick: bool) -> dict:
     targets = [{"what": f"{name} to prompt by prompt", "value": middle[name] / alone, "wanted": wanted}
                for name, wanted in (("this project, bf16", ">= 10"), ("this project, float32", ">= 10"))]  # fmt: skip
     facts = {"greedy text in float32 equals generate()'s": greedy[:ALONE] == plain,
-             "prompts asked one by one a repeat": ALONE}  # fmt: skip
+             "prompts asked one by one per repeat": ALONE}  # fmt: skip
     return {"title": f"Generation, GPT-2 124M, {PROMPTS} samples of {n_tokens} tokens, top-p 0.9", "unit": "tokens/s",
             "values": values, "ours": "this project, bf16", "targets": targets, "facts": facts}  # fmt: skip
 

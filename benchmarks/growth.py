@@ -7,8 +7,14 @@ import tempfile
 from pathlib import Path
 
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from benchmarks.timing import interleave, main
+from finetune_generative import forward_backward
+from utils.model.layers import use_fast_layers
+from utils.model.loading import autocast, pick_dtype
+from utils.storage import hash_file
+from utils.training.setup import keep_freed_memory
 
 TOKENS = 1024
 PICTURE = Path("benchmarks/growth.png")
@@ -17,11 +23,6 @@ MEDIUM = {"n_layer": 6, "n_embd": 256, "n_head": 4, "vocab_size": 8192}
 
 def train_call(blocks: int, block: int, **shape):
     """Return a function that does a forward and a backward pass over so many blocks of a GPT-2 of this shape."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    from finetune_generative import forward_backward
-    from utils.model.layers import use_fast_layers
-    from utils.model.loading import autocast, pick_dtype
 
     device = torch.device("cpu")
     torch.manual_seed(0)
@@ -39,7 +40,6 @@ def train_call(blocks: int, block: int, **shape):
 
 def prepare_call(folder: Path, megabytes: float):
     """Return a function that prepares so much text, the start-up left in."""
-    from utils.storage import hash_file
 
     book = Path("results/data/book.txt").read_text(encoding="utf-8")
     words = book.split(" ")
@@ -52,8 +52,7 @@ def prepare_call(folder: Path, megabytes: float):
 
 
 def measure(quick: bool) -> dict:
-    """Time each point of five series in turn; microseconds a token."""
-    from utils.training.setup import keep_freed_memory
+    """Time each point of five series in turn; microseconds per token."""
 
     keep_freed_memory()
     small = {"n_layer": 2, "n_embd": 64, "n_head": 2, "vocab_size": 1000}
@@ -81,11 +80,15 @@ def measure(quick: bool) -> dict:
     first, last = (time_a_token / float(point[:-1]) for point, time_a_token in (sizes[0], sizes[-1]))
     texts, blocks = list(table["text to prepare, MB"].values()), list(table["block size, tokens"].values())
     targets = [
-        {"what": "time a token and parameter, largest model to smallest", "value": last / first, "wanted": "<= 1.2"},
-        {"what": "time a byte to prepare, most text to half of it", "value": texts[-1] / texts[-2], "wanted": "<= 1.1"},
-        {"what": "time a token, block 1024 to block 128", "value": blocks[-1] / blocks[1], "wanted": "<= 2"},
+        {"what": "time per token and parameter, largest model to smallest", "value": last / first, "wanted": "<= 1.2"},
+        {
+            "what": "time per byte to prepare, most text to half of it",
+            "value": texts[-1] / texts[-2],
+            "wanted": "<= 1.1",
+        },
+        {"what": "time per token, block 1024 to block 128", "value": blocks[-1] / blocks[1], "wanted": "<= 2"},
     ]
-    return {"title": "Growth", "unit": "us a token, or byte", "values": values, "ours": "", "targets": targets,
+    return {"title": "Growth", "unit": "us per token or byte", "values": values, "ours": "", "targets": targets,
             "facts": {"table": table}}  # fmt: skip
 
 
@@ -102,8 +105,8 @@ def draw(table: dict[str, dict[str, float]], path: Path) -> None:
         panel.plot(sizes, list(points.values()), marker="o", color="#b5482b")
         panel.set(xlabel=title, xlim=(0, None), ylim=(0, None))
         panel.grid(alpha=0.25)
-    panels[0].set_ylabel("microseconds a token")
-    panels[-1].set_ylabel("microseconds a byte")
+    panels[0].set_ylabel("microseconds per token")
+    panels[-1].set_ylabel("microseconds per byte")
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 

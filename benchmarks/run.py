@@ -47,7 +47,7 @@ def describe(value: float) -> str:
 
 def list_targets(results: dict) -> list[str]:
     """Return the lines of the table of what was wanted and what was reached."""
-    lines = ["| what | wanted | reached |", "|---|---|---:|"]
+    lines = ["| measurement | target | result |", "|---|---|---:|"]
     for result in results["benchmarks"].values():
         topic = result["title"].split(",")[0]
         for target in result["targets"]:
@@ -68,14 +68,16 @@ def write_page(results: dict) -> str:
     """Put the results into Markdown: targets first, then medians and spread."""
     machine = results["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
-    lines = ["# Benchmarks", "", "Made by `make bench`; the numbers behind it are in `results.json`. Every repeat runs "
-             "all variants once, one after the other, so that a busy machine slows all alike: trust the ratios.", "",
+    lines = ["# Benchmarks", "",
+             "Written by `make bench`; `results.json` holds all values. Each repeat runs every variant "
+             "once, one after the other, so that other load on the machine affects all variants. The ratios are more "
+             "reliable than the absolute values.", "",
              f"{machine['processor']}, {machine['cores']} cores ({', '.join(machine['with'])}), "
-             f"{machine['memory_gb']} GB, {machine['system']}; {versions}.", "", "## What was wanted and reached", "",
+             f"{machine['memory_gb']} GB, {machine['system']}; {versions}.", "", "## Targets and results", "",
              *list_targets(results)]  # fmt: skip
     for name, result in results["benchmarks"].items():
         lines += ["", f"## {result['title']}", "", f"`python -m benchmarks.{name}`", "",
-                  f"| {result['unit']} | median | least | most | repeats |", "|---|---:|---:|---:|---:|"]  # fmt: skip
+                  f"| {result['unit']} | median | min | max | repeats |", "|---|---:|---:|---:|---:|"]  # fmt: skip
         for variant, values in result["values"].items():
             mark = "**" if variant == result["ours"] else ""
             shown = (describe(f(values)) for f in (statistics.median, min, max))
@@ -83,7 +85,7 @@ def write_page(results: dict) -> str:
         facts = {fact: value for fact, value in result["facts"].items() if fact != "table"}
         lines += ["", *(f"- {fact}: {json.dumps(value)}" for fact, value in facts.items())]
         if name == "growth":
-            lines += ["", "![time a token as things grow](growth.png)"]
+            lines += ["", "![time per token by block size, micro-batch size, parameters and text size](growth.png)"]
     return "\n".join(lines) + "\n"
 
 

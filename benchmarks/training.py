@@ -1,10 +1,11 @@
 """Training: this project's loop beside transformers' Trainer, and beside the matrix products that both must do.
 
 GPT-2 of 124 million parameters with random weights and its own dropout, block 128, batch 64. Each measurement is a
-process of its own that does two updates: the first makes room and loads what is compiled, the second is timed.
+process of its own that does two steps: the first makes room and loads what is compiled, the second is timed.
 """
 
 import contextlib
+import functools
 import json
 import statistics
 import sys
@@ -13,8 +14,15 @@ import time
 from types import SimpleNamespace
 
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
 
 from benchmarks.timing import main, run_alone
+from finetune_generative import forward_backward
+from utils.model.layers import use_fast_layers
+from utils.model.loading import autocast, pick_dtype
+from utils.training.forecast import choose_micro_batch
+from utils.training.optim import build_optimizer
+from utils.training.setup import keep_freed_memory
 
 BLOCK, BATCH, TUNED_MICRO_BATCH = 128, 64, 16
 TINY = {"n_layer": 2, "n_embd": 64, "n_head": 2}
@@ -24,8 +32,6 @@ ROOFLINE = "roofline (matrix products alone)"
 
 def build_model(quick: bool):
     """Make the model of the comparison."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-
     torch.manual_seed(0)
     return GPT2LMHeadModel(GPT2Config(**(TINY if quick else {}))).train()
 
@@ -44,27 +50,18 @@ class FakeBlocks:
 
 
 def train_here(quick: bool) -> dict:
-    """Do two updates as finetune_generative.py does them; return tokens a second of the second and of the roofline."""
-    from finetune_generative import forward_backward
-    from utils.model.layers import use_fast_layers
-    from utils.training.forecast import pick_micro_batch
-    from utils.training.optim import build_optimizer
-    from utils.training.setup import TrainingSetup, keep_freed_memory
-
+    """Do two steps as finetune_generative.py does them; return tokens per second of the second and of the roofline."""
     keep_freed_memory()
-    model = build_model(quick)
-    use_fast_layers(model, torch.device("cpu"))
+    device, model = torch.device("cpu"), build_model(quick)
+    context = functools.partial(autocast, device, pick_dtype("auto", device))
+    use_fast_layers(model, device)
     optimizer = build_optimizer(model, 5e-5, 0.01, (0.9, 0.999), 1e-8)
     blocks = torch.randint(0, model.config.vocab_size, (BATCH, BLOCK))
     data = SimpleNamespace(train=FakeBlocks(blocks), block_size=BLOCK)
-    args = SimpleNamespace(batch_size=BATCH, grad_accum_steps=1, seed=0, max_steps=10, eval_every=None, epochs=1,
-                           save_every=None, lr_schedule="cosine", learning_rate=5e-5, warmup_ratio=0.0,
-                           dtype="auto", micro_batch_size=None)  # fmt: skip
-    plan = TrainingSetup(args, data, torch.device("cpu"))
-    size = pick_micro_batch(args, plan, model, data, SimpleNamespace(machine={}))
+    size = choose_micro_batch(model, data, context, BATCH, None)
     for _ in range(2):
         started = time.perf_counter()
-        with plan.autocast():
+        with context():
             for input_ids in blocks.split(size):
                 forward_backward(model, input_ids, len(blocks))
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
@@ -75,13 +72,11 @@ def train_here(quick: bool) -> dict:
 
 
 def train_with_trainer(quick: bool, tuned: bool) -> dict:
-    """Do two updates with transformers' Trainer; return tokens a second of the second.
+    """Do two steps with transformers' Trainer; return tokens per second of the second.
 
     Args:
         tuned: bf16, compiled, micro-batches of TUNED_MICRO_BATCH; else its defaults on a CPU.
     """
-    from transformers import Trainer, TrainerCallback, TrainingArguments
-
     moments = []
 
     class Clock(TrainerCallback):
@@ -102,7 +97,7 @@ def train_with_trainer(quick: bool, tuned: bool) -> dict:
 
 
 def roofline(config, rows: int) -> float:
-    """Return tokens a second if a training were its bf16 matrix products alone, forward and backward.
+    """Return tokens per second if a training were its bf16 matrix products alone, forward and backward.
 
     Args:
         config: of the model.
@@ -130,7 +125,7 @@ def measure_alone(variant: str, quick: bool) -> tuple[dict, float]:
 
 
 def measure(quick: bool) -> dict:
-    """Compare tokens a second of an update, and peak memory."""
+    """Compare tokens per second of a step, and peak memory."""
     values: dict[str, list[float]] = {name: [] for name in ("this project", DEFAULTS, TUNED, ROOFLINE)}
     peaks: dict[str, list[float]] = {name: [] for name in VARIANTS}
     micro_batch_size = None
@@ -149,7 +144,7 @@ def measure(quick: bool) -> dict:
     return {"title": "Training, GPT-2 124M, block 128, batch 64, dropout 0.1", "unit": "tokens/s", "values": values,
             "ours": "this project",
             "targets": [{"what": what, "value": value, "wanted": wanted} for what, value, wanted in targets],
-            "facts": {"blocks at once, chosen by itself": micro_batch_size, "peak, GB": memory}}  # fmt: skip
+            "facts": {"micro-batch size, chosen automatically": micro_batch_size, "peak, GB": memory}}  # fmt: skip
 
 
 VARIANTS = {
