@@ -8,7 +8,7 @@ A manual AdamW loop: nothing is hidden in a trainer. The best model by validatio
 
 import functools
 import time
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import closing, nullcontext
 from pathlib import Path
 
 from utils.cli import (
@@ -111,14 +111,12 @@ from utils.training.optim import build_optimizer, build_schedule, set_lr
 from utils.training.setup import TrainingSetup, keep_freed_memory
 
 
-@contextmanager
 def claim_output_dir(args):
-    """Check the output folder and hold its lock; a dry run writes nothing and holds none."""
+    """Check the output folder and return its lock as a context; a dry run writes nothing and holds none."""
     inputs = [args.data_dir, args.model_name or read_manifest(args.data_dir)["model_name"] or ""]
     is_ours = (args.output_dir / "run_config.json").is_file()
     check_output_dir(args.output_dir, is_ours, "finetune_generative.py", args.overwrite, inputs)
-    with nullcontext() if args.dry_run else lock(args.output_dir, "train"):
-        yield
+    return nullcontext() if args.dry_run else lock(args.output_dir, "train")
 
 
 def find_base(args, data):

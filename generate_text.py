@@ -95,9 +95,9 @@ def find_models(args):
     tuned = args.finetuned_model
     if not tuned.is_dir():
         raise UserError(f"model: {tuned}: no such directory; has training finished?")
-    if not (tuned / "model.safetensors").is_file() and list_checkpoints(tuned):
-        newest = list_checkpoints(tuned)[0].name
-        raise UserError(f"model: {tuned} has no finished model; newest is {newest}")
+    saved = list_checkpoints(tuned)
+    if saved and not (tuned / "model.safetensors").is_file():
+        raise UserError(f"model: {tuned} has no finished model; newest is {saved[0].name}")
     recorded = read_json(tuned / "run_config.json") if (tuned / "run_config.json").is_file() else {}
     base_name = args.base_model or recorded.get("base_model")
     if not base_name:
@@ -276,10 +276,9 @@ def main(args):
         lines = "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
         settings["samples_sha256"] = hashlib.sha256(lines.encode()).hexdigest()
         texts, sources = compare.arrange_texts(prompts, samples, data, tokenizer)
-        report = Report(settings=settings, books=data.manifest["books"] if data else [], other_book=is_other_book,
-                        missing=missing + reasons, n_samples=len(samples), shown_ngram=compare.SHOWN_NGRAM,
-                        texts=texts, sources=sources, **figures)  # fmt: skip
-        report = judge(report)
+        report = judge(Report(settings=settings, books=data.manifest["books"] if data else [],
+                              other_book=is_other_book, missing=missing + reasons, n_samples=len(samples),
+                              shown_ngram=compare.SHOWN_NGRAM, texts=texts, sources=sources, **figures))  # fmt: skip
         write_report(args.finetuned_model, lines, report)
     print_table("comparison", [entry for entry in settings.items() if not entry[0].endswith("_sha256")])
     print(render_terminal(report))

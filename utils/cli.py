@@ -23,11 +23,7 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Stopped(BaseException):
-    """A signal that asks the program to end; exit status 128 + its number."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(number)
-        self.code = 128 + number
+    """A signal that asks the program to end, by its number."""
 
 
 def catch_signals(receive: Callable[[int, Any], None]) -> None:
@@ -63,8 +59,8 @@ def ignore_signals(_worker: int) -> None:
     catch_signals(signal.SIG_IGN)
 
 
-class HelpFormatter(argparse.HelpFormatter):
-    """Help text that ends each entry with its default."""
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Help text that ends each entry with its default, unless that is None or named in the text."""
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=32, width=100)
@@ -73,12 +69,8 @@ class HelpFormatter(argparse.HelpFormatter):
         return "DIR" if isinstance(action.default, Path) else "N" if "number" in str(action.type) else "VALUE"
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        text = action.help or ""
-        hidden = action.default in (None, argparse.SUPPRESS) or "default" in text
-        if hidden or isinstance(action, argparse._HelpAction):
-            return text
-        default = " ".join(action.default) if isinstance(action.default, list) else action.default
-        return f"{text} (default: {default})".replace("%", "%%")
+        named = action.default is None or "default" in action.help
+        return action.help if named else super()._get_help_string(action)
 
 
 class Parser(argparse.ArgumentParser):
@@ -88,11 +80,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=description, epilog=epilog, allow_abbrev=False, formatter_class=HelpFormatter)
 
     def parse_args(self, argv: list[str] | None = None) -> argparse.Namespace:
-        """Parse a command line.
-
-        Raises:
-            UserError: for an unknown flag or a value out of its range.
-        """
+        """Parse a command line; UserError for an unknown flag or a value out of its range."""
         argv = [self._with_hyphens(word) for word in (sys.argv[1:] if argv is None else argv)]
         args, unknown = self.parse_known_args(argv)
         if unknown:
@@ -121,13 +109,7 @@ class Parser(argparse.ArgumentParser):
 def number(
     convert: type[int] | type[float], low: float, high: float = math.inf, *, above: bool = False, below: bool = False
 ) -> Callable[[str], Any]:
-    """Build an argparse type for finite numbers in a range.
-
-    Args:
-        convert: int or float.
-        low, high: smallest and largest value.
-        above, below: low itself, high itself is refused.
-    """
+    """Build an argparse type for finite numbers from low to high; above=True refuses low itself, below=True high."""
     kind, pattern = "whole number", r"[+-]?[0-9]{1,30}"
     if convert is float:
         kind, pattern = "number", r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?|[+-]?(inf|nan)"
@@ -239,7 +221,7 @@ def _guard(action: Callable[[], int | None]) -> int:
         return _report(str(error), error.code)
     except Stopped as stopped:
         _say_stopped()
-        return stopped.code
+        return 128 + stopped.args[0]
     except BrokenPipeError:
         # The reader (| head) has left; without this, Python complains once more at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -11,17 +11,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+# The user's input, the machine (disk, network, memory), training diverged.
 EXIT_INPUT, EXIT_MACHINE, EXIT_DIVERGED = 2, 3, 4
 # A full or failing disk, a quota, a read-only file system: not the user's fault.
 MACHINE_ERRNOS = {errno.ENOSPC, errno.EIO, errno.EROFS, errno.EDQUOT}
 
 
 class UserError(Exception):
-    """A condition that ends the program with one line on stderr and no traceback.
+    """A condition that ends the program with one line on stderr and the exit status `code`, without a traceback.
 
-    Args:
-        message: what is wrong with its value, what was expected, what to do.
-        code: exit status; 2 the user's input, 3 the machine, 4 training diverged.
+    The message names what is wrong with its value, what was expected, and what to do.
     """
 
     def __init__(self, message: str, code: int = EXIT_INPUT) -> None:
@@ -55,10 +54,7 @@ def explain_failures(
 ) -> Iterator[None]:
     """Re-raise known failures of a training (out of memory, full disk, divergence) as a one-line UserError.
 
-    Args:
-        state: the run's state, of which the step is named.
-        list_checkpoints: returns the saved checkpoints, newest first.
-        batch_size, learning_rate: for the advice.
+    It names state.step, the newest of list_checkpoints(), and a smaller batch size or learning rate to try.
     """
     try:
         yield

@@ -60,9 +60,7 @@ def check_output_dir(path: Path, is_ours: bool, maker: str, overwrite: bool, inp
     """Raise UserError for an output folder that is unsafe to write: a file, a link, /, home, foreign content, an input.
 
     Args:
-        path: the folder given.
         is_ours: it was written by the script `maker`.
-        overwrite: the user allowed replacing its contents.
         inputs: folders that are read; other names are ignored.
     """
     if path.is_symlink():

@@ -123,22 +123,18 @@ def clear_folder(folder: Path, keep: Iterable[str] = ()) -> None:
 
 def require_space(folder: Path, size: int, what: str) -> None:
     """Raise UserError (exit status 3) when fewer than `size` bytes are free for `what`, such as 'a checkpoint'."""
-    free = shutil.disk_usage(folder).free
-    if free < size:
-        raise UserError(f"output-dir: {folder}: disk full, {what} needs {_mb(size)}, {_mb(free)} free", EXIT_MACHINE)
+    if shutil.disk_usage(folder).free < size:
+        raise _disk_error(folder, "disk full", size, what)
 
 
-def _mb(size: int) -> str:
-    return f"{size / 1e6:,.1f} MB"
+def _disk_error(folder: Path, reason: str, size: int, what: str) -> UserError:
+    needed, free = (f"{n_bytes / 1e6:,.1f} MB" for n_bytes in (size, shutil.disk_usage(folder).free))
+    return UserError(f"output-dir: {folder}: {reason}, {what} needs {needed}, {free} free", EXIT_MACHINE)
 
 
 @contextmanager
 def building(folder: Path, size: int, what: str) -> Iterator[Path]:
-    """Yield an empty folder inside `folder` to build in, removed on any error.
-
-    Raises:
-        UserError: the disk is full or failing (exit status 3); the message has the bytes needed and free.
-    """
+    """Yield an empty folder inside `folder` to build in, removed on any error; UserError for a full or failing disk."""
     partial = folder / PARTIAL
     shutil.rmtree(partial, ignore_errors=True)
     require_space(folder, size, what)
@@ -150,8 +146,7 @@ def building(folder: Path, size: int, what: str) -> Iterator[Path]:
         reason = machine_reason(error)
         if reason is None:
             raise
-        sizes = f"{what} needs {_mb(size)}, {_mb(shutil.disk_usage(folder).free)} free"
-        raise UserError(f"output-dir: {folder}: {reason}, {sizes}", EXIT_MACHINE) from None
+        raise _disk_error(folder, reason, size, what) from None
 
 
 def _seal(partial: Path, manifest: dict) -> None:
@@ -172,10 +167,8 @@ def publish_folder(target: Path, manifest: dict, size: int, what: str) -> Iterat
     """Build a folder and rename it to `target`, replacing what is there.
 
     Args:
-        target: the new folder.
         manifest: content of manifest.json besides the files' sizes and checksums.
-        size: bytes expected.
-        what: its name in an error, like 'a checkpoint'.
+        size: bytes expected, of `what`: its name in an error, like 'a checkpoint'.
     """
     with building(target.parent, size, what) as partial:
         yield partial
@@ -244,12 +237,10 @@ def describe_files(folder: Path) -> dict[str, dict]:
 
 
 def verify_folder(folder: Path) -> str | None:
-    """Compare a folder with its manifest, even while a writer replaces its files.
+    """Compare a folder with its manifest, even while a writer replaces its files; UserError for a damaged manifest.
 
     Returns:
         None if every file matches, else one sentence on the first that does not.
-    Raises:
-        UserError: the manifest cannot be read.
     """
     patience = time.monotonic() + 2
     while True:

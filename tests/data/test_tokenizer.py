@@ -15,7 +15,7 @@ from transformers import GPT2TokenizerFast, PreTrainedTokenizerFast
 from utils.data import tokenizer as tokens
 from utils.data.blocks import save_blocks
 from utils.data.text import Segment
-from utils.data.tokenizer import TokenWriter, cut_pieces, encode_text, pieces_are_exact, token_dtype, train_tokenizer
+from utils.data.tokenizer import TokenWriter, cut_pieces, encode_text, pieces_are_exact, train_tokenizer
 from utils.errors import UserError
 
 # As pinned by tiktoken (tiktoken_ext/openai_public.py).
@@ -237,9 +237,12 @@ def test_the_fingerprint_tells_tokenizers_apart(gpt2, byte_bpe):
     ("vocab_size", "expected"),
     [(256, "uint8"), (257, "uint16"), (50_257, "uint16"), (65_536, "uint16"), (65_537, "uint32"), (150_000, "uint32")],
 )
-def test_the_smallest_type_that_holds_every_id(vocab_size, expected):
-    assert token_dtype(vocab_size) == expected
-    last = np.array([vocab_size - 1]).astype(token_dtype(vocab_size))
+def test_the_smallest_type_that_holds_every_id(vocab_size, expected, tmp_path):
+    tokenizer = BigVocabulary()
+    tokenizer.size = vocab_size
+    dtype = TokenWriter(tmp_path, tokenizer).dtype
+    assert dtype == expected
+    last = np.array([vocab_size - 1]).astype(dtype)
     assert last[0] == vocab_size - 1
 
 

@@ -27,7 +27,7 @@ def pair():
 
 def test_loss_and_gradients_are_the_plain_models(pair):
     input_ids = torch.randint(0, 300, (3, 64))  # more rows than are worked on at once
-    assert input_ids.numel() > layers.ROWS["cpu"]
+    assert input_ids.numel() > layers.CPU_ROWS
     plain, fast = (model(input_ids=input_ids, labels=input_ids).loss for model in pair)
     assert fast.item() == pytest.approx(plain.item(), abs=1e-6)
     assert fast.item() == pytest.approx(independent_loss(pair[0], input_ids), abs=1e-5)

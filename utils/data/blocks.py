@@ -20,11 +20,11 @@ from utils.storage import MANIFEST, join_hashes, read_sealed, verify_folder
 FORMAT = 2
 CONTEXT_TOKENS = 25  # shown before and after a located n-gram
 AGAIN = "run prepare_data.py again with --overwrite"
+datasets.disable_progress_bars()
 
 
 def save_blocks(tokens: dict[str, np.ndarray], block_size: int, folder: Path) -> None:
     """Write (n_tokens,) ids by split as rows of block_size ids, a datasets DatasetDict; a shorter tail is left out."""
-    datasets.disable_progress_bars()
     splits = datasets.DatasetDict()
     for split, ids in tokens.items():
         whole = ids[: len(ids) // block_size * block_size]
@@ -35,7 +35,6 @@ def save_blocks(tokens: dict[str, np.ndarray], block_size: int, folder: Path) ->
         splits[split] = datasets.Dataset(pa.table({"input_ids": rows}), fingerprint=digest)
     # datasets writes no file at all for an empty split, and then cannot open it.
     splits.save_to_disk(folder, num_shards={name: None if len(rows) else 1 for name, rows in splits.items()})
-    datasets.enable_progress_bars()
 
 
 @dataclass(frozen=True)
@@ -89,12 +88,9 @@ class Blocks:
         return [ids[start : start + length] for start in pick_evenly(starts, count)]
 
     def validation_prompts(self, tokenizer, count: int, n_prompt: int, n_reference: int) -> list[tuple[list, list]]:
-        """Return up to `count` beginnings of validation paragraphs and what the author wrote next.
+        """Return up to `count` pairs of prompt and reference ids, spread over the validation segments.
 
-        Where there are too few paragraphs, prompts start at lines too, then at sentences, then at any token.
-
-        Returns:
-            Pairs of n_prompt and n_reference token ids, spread over the segments.
+        Prompts start at paragraphs; where there are too few, at lines too, then at sentences, then at any token.
         """
         ids, length = self.ids("validation"), n_prompt + n_reference
         unique, inverse = np.unique(ids, return_inverse=True)
@@ -120,11 +116,9 @@ class Blocks:
         ]
 
     def locate(self, position: int, length: int, tokenizer) -> dict[str, Any]:
-        """Find the place in the book of the training n-gram of `length` tokens at `position` of ids("train").
+        """Locate in the book the training n-gram of `length` tokens at `position` of ids("train").
 
-        Returns:
-            tokens (length), book (file name), char (from 0), share (of the book, 0 to 1), the n-gram's text, and the
-            text before and after it in its segment.
+        Returns its first character (from 0), the share of the book before it (0 to 1), and the text around it.
         """
         start, end, span = [entry for entry in self.spans("train") if entry[0] <= position][-1]
         book, ids = self.manifest["books"][span["book"]], self.ids("train")
@@ -204,10 +198,6 @@ class BatchOrder:
     """The blocks of every micro-batch, a pure function of seed, epoch and step.
 
     An epoch has each block once, in its own order; its last step takes the blocks that are left.
-
-    Args:
-        batch_size: blocks per micro-batch.
-        grad_accum_steps: micro-batches per step.
     """
 
     def __init__(self, n_blocks: int, batch_size: int, grad_accum_steps: int, seed: int) -> None:

@@ -19,10 +19,8 @@ SIGNATURES = [
     (b"\x1f\x8b", "is a gzip file; unpack it first"),
     (b"PK\x03\x04", "is a zip file (docx or epub?); save it as plain text"),
     (b"%PDF", "is a PDF; save it as plain text"),
-    (b"\xff\xfe\x00\x00", "looks like UTF-32; convert it: iconv -f UTF-32 -t UTF-8"),
-    (b"\x00\x00\xfe\xff", "looks like UTF-32; convert it: iconv -f UTF-32 -t UTF-8"),
-    (b"\xff\xfe", "looks like UTF-16; convert it: iconv -f UTF-16 -t UTF-8"),
-    (b"\xfe\xff", "looks like UTF-16; convert it: iconv -f UTF-16 -t UTF-8"),
+    ((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE), "looks like UTF-32; convert it: iconv -f UTF-32 -t UTF-8"),
+    ((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE), "looks like UTF-16; convert it: iconv -f UTF-16 -t UTF-8"),
 ]
 # Where a segment may start: after a blank line; if a book has too few, after a line, a sentence, a word.
 CUT_PATTERNS = [r"\n(?:[ \t]*\n)+", r"\n+", r"[.!?]['\")\]]*\s+", r"\s+", r""]
@@ -53,18 +51,16 @@ class Segment:
 
 def find_books(paths: list[Path]) -> list[Path]:
     """Expand folders to their .txt and .md files, sorted, and drop repeated files; else keep the order given."""
-    found = []
+    found = {}
     for path in paths:
+        files = [path]
         if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in (".txt", ".md") and not p.is_dir())
-            if not inside:
+            files = sorted(p for p in path.rglob("*") if p.suffix.lower() in (".txt", ".md") and not p.is_dir())
+            if not files:
                 raise UserError(f"{path}: is a directory without .txt or .md files, expected a text file")
-            found += inside
-        else:
-            found.append(path)
-    # Path.resolve would raise on a loop of links, which read_book reports.
-    unique = {os.path.realpath(path): path for path in reversed(found)}
-    return [path for path in found if unique[os.path.realpath(path)] is path]
+        for file in files:  # Path.resolve would raise on a loop of links, which read_book reports
+            found.setdefault(os.path.realpath(file), file)
+    return list(found.values())
 
 
 def read_book(path: Path, encoding: str = "utf-8", validation: bool = False) -> tuple[str, Book]:
@@ -156,13 +152,10 @@ def read_segments(books: list[Book], encoding: str, val_split: float, seed: int)
 
 
 def choose_validation_spans(n_chars: int, val_split: float, seed: int) -> list[tuple[int, int]]:
-    """Choose where validation segments should lie, before any text is read.
+    """Choose where validation segments should lie: (start, end) in characters over all books, without overlap.
 
     One segment lies at a random position in each of several equal parts, so that together they represent the whole
     book and not its last chapter. Their number and their length grow with the square root of their size.
-
-    Returns:
-        (start, end) spans in characters over all books, in order, without overlap.
     """
     size = val_split * n_chars
     if size == 0:
@@ -177,7 +170,6 @@ def choose_validation_spans(n_chars: int, val_split: float, seed: int) -> list[t
 
 def find_cuts(text: str, needed: int) -> list[int]:
     """List where a segment may start or end, 0 and the text's end included; finer than paragraphs below `needed`."""
-    cuts: list[int] = []
     for pattern in CUT_PATTERNS:
         cuts = sorted({0, len(text), *(match.end() for match in re.finditer(pattern, text))})
         if len(cuts) >= needed:
@@ -188,9 +180,7 @@ def find_cuts(text: str, needed: int) -> list[int]:
 def split_book(text: str, book_index: int, offset: int, spans: list[tuple[int, int]]) -> Iterator[Segment]:
     """Yield the segments of a book, alternately for training and validation; together they are its text.
 
-    Args:
-        offset: start of the book, in characters over all books.
-        spans: from choose_validation_spans.
+    `spans` are from choose_validation_spans; the book starts at character `offset` over all books.
     """
     wanted = [(a - offset, b - offset) for a, b in spans if a < offset + len(text) and b > offset]
     # 40 cuts per segment keep the actual size within a few percent of the one asked for.

@@ -52,11 +52,8 @@ def fingerprint_tokenizer(tokenizer) -> str:
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int):
-    """Train a byte-level BPE tokenizer like GPT-2's, which encodes any text.
+    """Train a byte-level BPE tokenizer like GPT-2's, which encodes any text; vocab_size includes the end-of-text token.
 
-    Args:
-        texts: training text, read once.
-        vocab_size: number of ids, the end-of-text token included; at least 257.
     Source: Sennrich et al. 2016 (BPE); Radford et al. 2019 (on bytes).
     """
     tokenizer = Tokenizer(models.BPE())
@@ -102,20 +99,12 @@ def pieces_are_exact(tokenizer, text: str) -> bool:
     return encode_text(tokenizer, PIECE_CUT.split(sample)) == encode_text(tokenizer, [sample])
 
 
-def token_dtype(vocab_size: int) -> np.dtype:
-    """Return the smallest unsigned type that holds every id."""
-    return np.min_scalar_type(vocab_size - 1)
-
-
 class TokenWriter:
-    """Append the tokens of segments to raw files in a folder, one per split, and count them.
-
-    An end-of-text token stands between two books.
-    """
+    """Append the tokens of segments to raw files, one per split, with an end-of-text token between two books."""
 
     def __init__(self, folder: Path, tokenizer) -> None:
         self.tokenizer = tokenizer
-        self.dtype = token_dtype(len(tokenizer))
+        self.dtype = np.min_scalar_type(len(tokenizer) - 1)  # the smallest unsigned type that holds every id
         self.paths = {split: folder / f"{split}.bin" for split in SPLITS}
         self.spans: list[dict] = []
         self.n_tokens = dict.fromkeys(SPLITS, 0)

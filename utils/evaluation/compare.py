@@ -33,30 +33,24 @@ def measure_losses(
     """Measure the losses on validation and general text, style gain and forgetting.
 
     Args:
-        models: base and finetuned on their device, by name.
         control: general text, or "".
         limit: tokens of the models' context.
         progress: called with the number of blocks just scored.
     """
-    blocks = {"control": cut_blocks(control, tokenizer, min(data.block_size if data else CONTROL_BLOCK, limit))}
-    if data:
-        blocks["book"] = data.validation, data.bytes_per_token
-    scores, nats = {}, {}
-    for text, (rows, bytes_per_token) in blocks.items():
-        if not len(rows):
-            continue
-        nats[text], scores[text] = {"bytes": bytes_per_token * (rows[0]["input_ids"].numel() - 1)}, {}
-        for name, model in models.items():
+    book = ("validation text", data.validation, data.bytes_per_token) if data else ("validation text", [], 0.0)
+    general = cut_blocks(control, tokenizer, min(data.block_size if data else CONTROL_BLOCK, limit))
+    scores, nats, missing = {}, {}, []
+    for text, (what, blocks, bytes_per_token) in {"book": book, "control": ("general text", *general)}.items():
+        sums = {}
+        for name, model in models.items() if len(blocks) else ():
             # One block per forward pass: each has its own loss, and the bootstrap draws blocks.
-            nats[text][name], n_targets = score_blocks(model, rows, 1, autocast, progress)
-            scores[text][name] = summarize_loss(sum(nats[text][name]), n_targets, bytes_per_token)
-    n_blocks = {text: len(blocks[text][0]) if text in blocks else 0 for text in ("book", "control")}
-    missing = [
-        f"the gain on {what}: there are {n_blocks[text]} blocks of it, {MIN_BLOCKS} are needed"
-        for text, what in (("book", "validation text"), ("control", "general text"))
-        if n_blocks[text] < MIN_BLOCKS
-    ]
-    gains = measure_gain({text: nats[text] for text in nats if n_blocks[text] >= MIN_BLOCKS}, seed)
+            sums[name], n_targets = score_blocks(model, blocks, 1, autocast, progress)
+            scores.setdefault(text, {})[name] = summarize_loss(sum(sums[name]), n_targets, bytes_per_token)
+        if len(blocks) < MIN_BLOCKS:
+            missing.append(f"the gain on {what}: there are {len(blocks)} blocks of it, {MIN_BLOCKS} are needed")
+        else:
+            nats[text] = sums | {"bytes": bytes_per_token * (n_targets // len(blocks))}
+    gains = measure_gain(nats, seed)
     percent = {"forgetting_percent": gains["forgetting"]["value"]} if "forgetting" in gains else {}
     return {"scores": scores, **gains, **percent}, missing
 
@@ -80,7 +74,6 @@ def compare_texts(
 
     Args:
         samples: rows of samples.jsonl.
-        control: general text, or "".
         window_tokens: tokens per window of the author's text, as in a sample.
     """
     ids = {name: [np.array(s["generated_ids"], np.int64) for s in samples if s["model"] == name] for name in MODELS}
@@ -90,11 +83,10 @@ def compare_texts(
         whole["reference"] = data.segments("validation")
         ids["reference"] = data.windows("validation", window_tokens, N_WINDOWS)
         texts["reference"] = [tokenizer.decode(row) for row in ids["reference"]]
-    if len(train) <= BOOK_TOKENS:
-        book = tokenizer.decode(train)
-    else:
-        book = tokenizer.decode(np.concatenate(data.windows("train", BOOK_WINDOW, BOOK_TOKENS // BOOK_WINDOW)))
-    joined = {name: "\n".join(rows) for name, rows in texts.items()} | {"book": book}
+    book = train
+    if len(train) > BOOK_TOKENS:
+        book = np.concatenate(data.windows("train", BOOK_WINDOW, BOOK_TOKENS // BOOK_WINDOW))
+    joined = {name: "\n".join(rows) for name, rows in texts.items()} | {"book": tokenizer.decode(book)}
     n_words = {name: len(stylometry.split_words(text)) for name, text in joined.items()}
     # Longer text has fewer new words: equal amounts are compared.
     fewest = min(len(rows) for rows in ids.values() if rows)
@@ -118,7 +110,7 @@ def compare_texts(
         need = f"Delta, AUC and the word table need about {stylometry.MIN_WORDS:,} words"
         return fields, [f"{need}: {', '.join(short)}"]
     windows = tokenizer.batch_decode(data.windows("train", window_tokens, N_WINDOWS))
-    profile = stylometry.build_word_profile(book, control)
+    profile = stylometry.build_word_profile(joined["book"], control)
     style, missing = compare_style(texts, profile, windows, min(n_words[name] for name in texts), seed)
     return fields | style, missing
 
@@ -145,7 +137,7 @@ def compare_style(
 
 def describe_longest(texts: list[np.ndarray], data: Blocks, tokenizer) -> dict[str, Any]:
     """Return the longest span shared with training: its tokens, its text, its position in the book."""
-    tokens, _, _, position = ngrams.longest_overlap(texts, data.ids("train"))
+    tokens, position = ngrams.longest_overlap(texts, data.ids("train"))
     return data.locate(position, tokens, tokenizer) if tokens else {"tokens": 0, "text": ""}
 
 
@@ -154,8 +146,7 @@ def arrange_texts(
 ) -> tuple[list[dict], list[dict]]:
     """Arrange the texts by prompt in columns, with copied spans marked; return them and the spans' sources.
 
-    A column (base, finetuned, and reference, the author's continuation) is a list of texts, a text a list of pieces,
-    a piece {text, source}, where source is an index of the sources or None.
+    A column is a list of texts, a text a list of pieces, a piece {text, source}: an index of the sources or None.
     """
     train, spans, rows = data.ids("train") if data else None, {}, []
 
@@ -181,10 +172,7 @@ def arrange_texts(
 
 
 def make_quiz(samples: list[dict], data: Blocks, tokenizer, seed: int) -> dict[str, list]:
-    """Choose snippets for the blind test; {} if there are too few.
-
-    A snippet starts after the first white space and ends with a word, so that no cut word gives it away.
-    """
+    """Choose snippets for the blind test, whose cut first and last words are left out; {} if there are too few."""
     rng = np.random.default_rng(seed)
     length = max((len(s["generated_ids"]) for s in samples), default=1)
     real = tokenizer.batch_decode(data.windows("validation", length, 3 * QUESTIONS)) if length > 1 else []
@@ -202,12 +190,11 @@ def make_quiz(samples: list[dict], data: Blocks, tokenizer, seed: int) -> dict[s
 
 
 def arrange_curves(
-    rows: list[dict], best_step: int | None, max_copy_rate: float | None, copy_rate: dict | None
+    rows: list[dict], best_step: int | None, max_copy_rate: float | None, copy_rate: dict
 ) -> dict[str, Any]:
-    """Arrange the rows of a run's metrics.jsonl as curves, thinned to what a picture shows; {} without rows.
+    """Arrange the rows of metrics.jsonl as curves, thinned for a picture; {} without rows.
 
-    Args:
-        max_copy_rate: the run's setting; None for the default by the report's copy_rate.
+    A max_copy_rate of None becomes the default by the report's copy_rate.
     """
     if not rows:
         return {}
@@ -215,7 +202,7 @@ def arrange_curves(
     keys = {"loss": "eval/loss", "bits_per_byte": "eval/bits_per_byte", "copy_rate": "eval/copy_rate"}
     evals = [{"step": row["step"], **{name: row.get(key) for name, key in keys.items()}}
              for row in rows if "eval/loss" in row]  # fmt: skip
-    if max_copy_rate is None and "reference" in (copy_rate or {}):
+    if max_copy_rate is None and "reference" in copy_rate:
         max_copy_rate = default_copy_rate(copy_rate["reference"]["8"])
     return {"train": train[:: 1 + len(train) // CURVE_POINTS], "eval": evals, "best_step": best_step,
             "max_copy_rate": max_copy_rate}  # fmt: skip

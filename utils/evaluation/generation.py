@@ -1,10 +1,12 @@
 """Continue prompts: batches of different lengths, every sample with its own seed."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, LogitsProcessorList
 
 from utils.errors import UserError
@@ -25,12 +27,10 @@ class Decoding:
 
 
 class SeededSampling:
-    """A logits processor that leaves one randomly drawn token per row; every row has its own seed.
+    """A logits processor that leaves one token per row, drawn with the row's own seed whatever the rows beside it.
 
     A token is drawn from all and accepted if it is among the top_k and the top_p. If not, the next draw is among the
-    likelier tokens: the result is a draw from the top-k and top-p tokens, without sorting. A sample depends on its
-    seed and not on the rows beside it.
-
+    likelier tokens: the result is a draw from the top-k and top-p tokens, without sorting.
     Source: von Neumann 1951 (rejection); tests/test_generate_text.py counts the draws.
     """
 
@@ -95,24 +95,18 @@ def generate_ids(
     autocast: Callable,
     guard: Callable | None = None,
 ) -> list[list[int]]:
-    """Continue prompts in one batch.
+    """Continue prompts (token ids of any lengths) in one batch, each with its own seed; the model's mode is restored.
 
     Args:
-        model: causal language model; its mode is restored.
         eos_token_id: ends a sample, and pads the rows on their left.
-        prompts: token ids, of any lengths.
-        seeds: one per prompt.
         autocast: makes the context to compute in.
         guard: logits processor applied first, such as a CopyGuard.
     Returns:
         New token ids of each prompt, without the end-of-text token.
     """
-    longest = max(map(len, prompts))
-    input_ids = torch.full((len(prompts), longest), eos_token_id)
-    attention_mask = torch.zeros_like(input_ids)
-    for row, ids in enumerate(prompts):
-        input_ids[row, longest - len(ids) :] = torch.tensor(ids)
-        attention_mask[row, longest - len(ids) :] = 1
+    pad = functools.partial(pad_sequence, batch_first=True, padding_side="left")
+    input_ids = pad([torch.tensor(ids) for ids in prompts], padding_value=eos_token_id)
+    attention_mask = pad([torch.ones(len(ids), dtype=torch.long) for ids in prompts])
     processors = LogitsProcessorList([guard] if guard else [])
     if decoding.do_sample and decoding.temperature > 0:
         processors.append(SeededSampling(seeds, decoding))
@@ -134,5 +128,5 @@ def generate_ids(
             logits_processor=processors,
         )
     model.train(was_training)
-    new = output[:, longest:].tolist()
+    new = output[:, input_ids.shape[1] :].tolist()
     return [row[: row.index(eos_token_id)] if eos_token_id in row else row for row in new]

@@ -21,10 +21,9 @@ def score_blocks(
     progress: Callable[[int], Any] | None = None,
     stopping: object = False,
 ) -> tuple[list[float], int] | None:
-    """Score the next tokens of blocks; no state of a training in progress changes.
+    """Score the next tokens of blocks; no state of a training in progress changes, nor does the model's mode.
 
     Args:
-        model: causal language model on its device; its mode is restored.
         blocks: rows whose input_ids come as (B, T) int64.
         batch_size: blocks per forward pass.
         autocast: makes the context to compute in.
@@ -85,8 +84,7 @@ def measure_gain(scored: dict[str, dict], seed: int) -> dict[str, dict[str, floa
 
     Args:
         scored: for "book" and "control", if present: "base" and "finetuned", (N,) nats per block, and "bytes", the
-            scored UTF-8 bytes per block.
-        seed: of the bootstrap, which draws blocks, each with both its losses.
+            scored UTF-8 bytes per block. The bootstrap draws blocks, each with both its losses.
     Returns:
         book_gain, control_gain, style_gain = book_gain - control_gain (bits per byte) and forgetting (percent more
         bits for general text), each {value, low, high}, for the texts present.

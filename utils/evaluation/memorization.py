@@ -16,11 +16,11 @@ COPY_FACTOR, MIN_COPY_RATE = 3, 0.01
 
 
 def measure_extraction(model, eos_token_id: int, rows: list[list[int]], batch_size: int, autocast: Callable) -> dict:
-    """Give a model the first half of each row, and compare its greedy continuation with the second half.
+    """Compare a model's greedy continuation of the first half of each row, all of one length, with the second half.
 
     Returns:
         exact_match (share of rows continued to their end), mean_matched (tokens before the first difference),
-        prefixes (number of rows, all of one length) and tokens (length of the second half).
+        prefixes (number of rows) and tokens (length of the second half).
     Source: extractable memorization, Carlini et al. 2021.
     """
     half, matched = len(rows[0]) // 2, []
@@ -44,11 +44,7 @@ def default_copy_rate(reference_rate: float) -> float:
 class CopyMonitor:
     """Copying at every evaluation of a training: the same validation prompts, continued with the same seeds.
 
-    Args:
-        data: Blocks; without validation text nothing is measured.
-        n_samples: number of prompts; 0 for none.
-        max_copy_rate: becomes `limit`; None for default_copy_rate of the validation text.
-        seed: of the first sample.
+    Without validation text nothing is measured. `limit` is max_copy_rate, or default_copy_rate of the validation text.
     """
 
     def __init__(self, data, model, tokenizer, n_samples: int, max_copy_rate: float | None, seed: int) -> None:

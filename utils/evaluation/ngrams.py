@@ -35,34 +35,26 @@ def _powers(factor: int, count: int) -> np.ndarray:
 
 
 def find_ngrams(texts: Iterable[np.ndarray], train: np.ndarray, length: int) -> list[np.ndarray]:
-    """Find every n-gram of each text's token ids in (N,) training ids.
-
-    Returns:
-        For each text (n_ngrams,) int64: the n-gram's first position in train, or NOT_FOUND.
-    """
+    """Return for each text (n_ngrams,) int64: each n-gram's first position in (N,) training ids, or NOT_FOUND."""
     hashed = [hash_ngrams(text, length) for text in texts]
     wanted, inverse = np.unique(np.concatenate([np.zeros(0, np.uint64), *hashed]), return_inverse=True)
     first = np.full(len(wanted), NOT_FOUND)
-    for start in range(0, len(train) - length + 1 if len(wanted) else 0, CHUNK):
+    # From the end to the start: the position written last is the first in train.
+    for start in reversed(range(0, len(train) - length + 1 if len(wanted) else 0, CHUNK)):
         hashes = hash_ngrams(train[start : start + CHUNK + length - 1], length)
         index = np.minimum(np.searchsorted(wanted, hashes), len(wanted) - 1)
-        hits = np.flatnonzero(wanted[index] == hashes)[::-1]  # the last one written is the first in the text
-        found = np.full(len(wanted), NOT_FOUND)
-        found[index[hits]] = hits + start
-        first = np.where(first == NOT_FOUND, found, first)
+        hits = np.flatnonzero(wanted[index] == hashes)[::-1]
+        first[index[hits]] = hits + start
     ends = np.cumsum([len(hashes) for hashes in hashed])
     return np.split(first[inverse], ends[:-1]) if hashed else []
 
 
 def mark_overlap(texts: list[np.ndarray], train: np.ndarray, length: int) -> list[np.ndarray]:
     """Mark the tokens that lie in an n-gram of training of `length` tokens; a bool array for each text."""
-    masks = []
-    for text, found in zip(texts, find_ngrams(texts, train, length), strict=True):
-        borders = np.zeros(len(text) + 1, np.int64)
-        starts = np.flatnonzero(found != NOT_FOUND)
-        np.add.at(borders, starts, 1)
-        np.add.at(borders, starts + length, -1)
-        masks.append(np.cumsum(borders)[: len(text)] > 0)
+    masks = [np.zeros(len(text), bool) for text in texts]
+    for mask, found in zip(masks, find_ngrams(texts, train, length), strict=True):
+        if len(found):  # a token is covered by the n-grams that start at it and at the length - 1 tokens before it
+            mask[:] = np.convolve(found != NOT_FOUND, np.ones(length)) > 0
     return masks
 
 
@@ -78,33 +70,29 @@ def ngram_overlap(texts: list[np.ndarray], train: np.ndarray) -> dict[str, float
     return rates
 
 
-def longest_overlap(texts: list[np.ndarray], train: np.ndarray) -> tuple[int, int, int, int]:
-    """Find the longest span that a text shares with training: tokens, number of the text, start there, start in train.
-
-    Without any, all are 0.
-    """
-    best, low, high = (0, 0, 0, 0), 1, max(map(len, texts), default=0)
+def longest_overlap(texts: list[np.ndarray], train: np.ndarray) -> tuple[int, int]:
+    """Return length and first position in train of the longest span that a text shares with it; (0, 0) without one."""
+    best, low, high = (0, 0), 1, max(map(len, texts), default=0)
     while low <= high:  # every part of a shared span is shared, so bisection finds the greatest length
         length = (low + high) // 2
-        hits = enumerate(find_ngrams(texts, train, length))
-        number, positions = next(((n, p) for n, p in hits if (p != NOT_FOUND).any()), (0, None))
-        if positions is None:
-            high = length - 1
+        positions = np.concatenate(find_ngrams(texts, train, length))
+        shared = positions[positions != NOT_FOUND]
+        if len(shared):
+            best, low = (length, int(shared[0])), length + 1
         else:
-            start = int(np.argmax(positions != NOT_FOUND))
-            best, low = (length, number, start, int(positions[start])), length + 1
+            high = length - 1
     return best
 
 
 def trace_spans(text: np.ndarray, train: np.ndarray, length: int) -> list[tuple[int, int, int]]:
-    """List the spans of at least `length` tokens that cover everything a text shares with training.
+    """List (start, end, position) of the spans of at least `length` tokens that cover all a text shares with training.
 
-    Returns:
-        (start, end, position) in order, where text[start:end] equals train[position : position + end - start]. Two
-        may overlap where the text changes from one part of the training text to another.
+    text[start:end] equals train[position : position + end - start]. Two may overlap where the text changes from one
+    part of the training text to another.
     """
     spans, covered = [], 0
-    for start in np.flatnonzero((positions := find_ngrams([text], train, length)[0]) != NOT_FOUND).tolist():
+    positions = find_ngrams([text], train, length)[0]
+    for start in np.flatnonzero(positions != NOT_FOUND).tolist():
         position, end = int(positions[start]), start + length
         while end < len(text) and position + end - start < len(train) and text[end] == train[position + end - start]:
             end += 1
@@ -131,11 +119,9 @@ class NgramIndex:
 
 
 def measure_leakage(train: np.ndarray, validation: np.ndarray) -> dict[str, Any]:
-    """Count the n-grams of OVERLAP_TOKENS tokens that validation has, and those of them that training has too.
+    """Count validation's n-grams of OVERLAP_TOKENS tokens, those that training has too, and training's repetitions.
 
-    Returns:
-        validation_ngrams, leaked_ngrams and repeated_share, the share of training's n-grams that occurred before
-        (of a large corpus, measured on a sample).
+    repeated_share is the share of training's n-grams that occurred before; of a large corpus, measured on a sample.
     """
     positions = find_ngrams([validation], train, OVERLAP_TOKENS)[0]
     seen = sample_ngrams(train, keep_one_in(len(train)))
@@ -165,11 +151,9 @@ def sample_ngrams(ids: np.ndarray, one_in: int) -> np.ndarray:
 
 
 def measure_repetition(texts: list[list[int]]) -> dict[str, float | None]:
-    """Measure how much texts, given as token ids, repeat themselves.
+    """Measure repetition: the shares of 4-grams that occurred before in their text, and of texts that end in a loop.
 
-    Returns:
-        repeated_4grams (share of 4-grams that occurred before in their text), distinct_1 and distinct_2 (share of
-        different ones among all tokens and pairs), loops (share of texts that end in a loop).
+    distinct_1 and distinct_2 are the shares of different ones among all tokens and all pairs of tokens.
     Source: distinct-n is Li et al. 2016; repeated n-grams Welleck et al. 2020.
     """
     grams = {n: [list(zip(*(text[i:] for i in range(n)), strict=False)) for text in texts] for n in (1, 2, 4)}

@@ -13,11 +13,7 @@ BEST = {"color": VALIDATION, "linestyle": "none", "marker": "o", "markersize": 1
 
 
 def draw_loss(train: list, validation: list, best_step: int | None) -> Any:
-    """Draw training and validation loss by step, with the base model's level and the best model marked.
-
-    Args:
-        train, validation: (step, loss in nats per token) pairs; validation of step 0 is the base model's.
-    """
+    """Draw (step, loss) pairs of training and validation; the loss at step 0 and the best model are marked."""
     figure, axes = _start_figure("Loss on the book", "step", "loss (nats per token)")
     if train:
         axes.plot(*zip(*train, strict=True), color=TRAINING, linewidth=1, label="training")
@@ -34,11 +30,7 @@ def draw_loss(train: list, validation: list, best_step: int | None) -> Any:
 
 
 def draw_copying(evaluations: list[dict], best_step: int | None, max_copy_rate: float | None) -> Any:
-    """Draw bits per byte against copying, from the base model on, with the best model and the limit marked.
-
-    Args:
-        evaluations: step, bits_per_byte and copy_rate (share of tokens) of each.
-    """
+    """Draw bits_per_byte of evaluations against copy_rate (share of tokens); the best and the limit are marked."""
     figure, axes = _start_figure("Style against copying", "% of sampled tokens copied", "validation bits per byte")
     points = [(100 * row["copy_rate"], row["bits_per_byte"]) for row in evaluations]
     axes.plot(*zip(*points, strict=True), color=VALIDATION, marker="o", markersize=4, label="from the base model on")

@@ -7,7 +7,7 @@ import io
 import itertools
 import re
 import shutil
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +70,7 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the content of report.json."""
-        values = {entry.name: getattr(self, entry.name) for entry in fields(self)}
-        return {"format": FORMAT} | {name: value for name, value in values.items() if value is not None}
+        return {"format": FORMAT} | {name: value for name, value in vars(self).items() if value is not None}
 
 
 def write_report(folder: Path, samples: str, report: Report) -> None:
@@ -115,11 +114,12 @@ def list_scores(report: Report) -> list[dict[str, str]]:
         return {name: column[key] for name, column in (figures or {}).items()}
 
     def add_interval(measure: str) -> dict[str, str]:
-        bounds = (report.intervals or {}).get(measure, {})
-        values = getattr(report, measure) or {}
-        return {name: f"{value:.3f} [{bounds[name][0]:.3f}, {bounds[name][1]:.3f}]" for name, value in values.items()}
+        values, bounds = getattr(report, measure) or {}, (report.intervals or {}).get(measure)
+        return {name: "{:.3f} [{:.3f}, {:.3f}]".format(value, *bounds[name]) for name, value in values.items()}
 
     book, control = report.scores.get("book"), report.scores.get("control")
+    train, validation = pick(report.extraction, "train"), pick(report.extraction, "validation")
+    own = {key: f"the book has {value:.1f}" for key, value in (report.lengths or {}).get("book", {}).items() if value}
     lower, nearer = "lower is better", "words; nearer to the author is better"
     table = [
         ("validation text: loss, nats per token", lower, "{:.4f}", pick(book, "eval/loss")),
@@ -129,22 +129,21 @@ def list_scores(report: Report) -> list[dict[str, str]]:
         ("Burrows' Delta", nearer, "{}", add_interval("delta")),
         ("cosine Delta", nearer, "{}", add_interval("cosine_delta")),
         ("AUC against the book", "characters; 0.5: cannot be told apart", "{}", add_interval("auc")),
+        ("tokens in n-grams of 8+", "share, found in the training text", "{:.2%}", pick(report.copy_rate, "8")),
+        ("tokens in n-grams of 16+", "share, found in the training text", "{:.2%}", pick(report.copy_rate, "16")),
+        ("tokens in n-grams of 32+", "share, found in the training text", "{:.2%}", pick(report.copy_rate, "32")),
+        ("longest copied span", "tokens", "{:,}", pick(report.longest_copy, "tokens")),
+        ("continued verbatim, training", "share of blocks", "{:.0%}", pick(train, "exact_match")),
+        ("tokens before a difference, training", "mean", "{:.2f}", pick(train, "mean_matched")),
+        ("continued verbatim, validation", "share of blocks", "{:.0%}", pick(validation, "exact_match")),
+        ("tokens before a difference, validation", "mean", "{:.2f}", pick(validation, "mean_matched")),
+        ("repeated 4-grams", "share", "{:.1%}", pick(report.repetition, "repeated_4grams")),
+        ("distinct tokens", "share", "{:.1%}", pick(report.repetition, "distinct_1")),
+        ("distinct pairs", "share", "{:.1%}", pick(report.repetition, "distinct_2")),
+        ("samples that end in a loop", "share", "{:.1%}", pick(report.repetition, "loops")),
+        ("words per sentence", own.get("sentence_words", ""), "{:.1f}", pick(report.lengths, "sentence_words")),
+        ("words per paragraph", own.get("paragraph_words", ""), "{:.1f}", pick(report.lengths, "paragraph_words")),
     ]
-    for n in ("8", "16", "32"):
-        rates = pick(report.copy_rate, n)
-        table.append((f"tokens in n-grams of {n}+", "share, found in the training text", "{:.2%}", rates))
-    table.append(("longest copied span", "tokens", "{:,}", pick(report.longest_copy, "tokens")))
-    for text, split in (("training", "train"), ("validation", "validation")):
-        part = pick(report.extraction, split)
-        table.append((f"continued verbatim, {text}", "share of blocks", "{:.0%}", pick(part, "exact_match")))
-        table.append((f"tokens before a difference, {text}", "mean", "{:.2f}", pick(part, "mean_matched")))
-    for label, key in (("repeated 4-grams", "repeated_4grams"), ("distinct tokens", "distinct_1"),
-                       ("distinct pairs", "distinct_2"), ("samples that end in a loop", "loops")):  # fmt: skip
-        table.append((label, "share", "{:.1%}", pick(report.repetition, key)))
-    for label, key in (("words per sentence", "sentence_words"), ("words per paragraph", "paragraph_words")):
-        lengths = pick(report.lengths, key)
-        own = f"the book has {lengths['book']:.1f}" if lengths.get("book") else ""
-        table.append((label, own, "{:.1f}", lengths))
     rows = []
     for label, hint, form, values in table:
         cells = {name: "" if values.get(name) is None else form.format(values[name]) for name in NAMES}
@@ -174,7 +173,8 @@ def render_terminal(report: Report, width: int | None = None) -> str:
         console.print("", "=" * width, f"prompt: {prompt}", "=" * width, sep="\n")
         for texts in itertools.zip_longest(*row["columns"].values()):
             named = zip(row["columns"], texts, strict=True)
-            _print_texts(console, {NAMES[name]: make_printable(join_pieces(t)) for name, t in named if t is not None})
+            plain = {name: "".join(piece["text"] for piece in text) for name, text in named if text is not None}
+            _print_texts(console, {NAMES[name]: make_printable(text) for name, text in plain.items()})
     sentences = [*report.verdict, *(f"not measured: {reason}" for reason in report.missing)]
     console.print("", *map(make_printable, sentences), sep="\n")
     return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
@@ -198,22 +198,13 @@ def make_printable(text: str) -> str:
     return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text.strip("\n"))
 
 
-def join_pieces(pieces: list[dict]) -> str:
-    """Return a text from its pieces."""
-    return "".join(piece["text"] for piece in pieces)
-
-
 def render_page(name: str, report: Report) -> str:
     """Fill one of the templates: report.html, report.md, quiz.html or card.md."""
     environment = Environment(
         loader=FileSystemLoader(PAGES), autoescape=name.endswith(".html"), undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
     )  # fmt: skip
-    environment.filters |= {
-        "quote": quote,
-        "cell": lambda text: escape(str(text)).replace("\n", " "),
-        "join_pieces": join_pieces,
-    }
+    environment.filters |= {"quote": quote, "cell": lambda text: escape(str(text)).replace("\n", " ")}
     plots = draw_plots(report) if name == "report.html" else []
     return environment.get_template(name).render(report=report, scores=list_scores(report), names=NAMES, plots=plots)
 

@@ -1,6 +1,7 @@
 """Style: the distance of texts from a book in words, sentences and characters; measures on plain text."""
 
 import re
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,25 +30,20 @@ def split_words(text: str) -> list[str]:
 
 @dataclass(frozen=True)
 class WordProfile:
-    """The most frequent words (MFW) of a book, which Delta compares.
-
-    (W,) arrays: each word's share of the book's words (rates), the standard deviation of that share between windows
-    of the book (spread), and its share of general text (origin).
-    """
+    """The most frequent words (MFW) of a book, which Delta compares; the arrays are (W,)."""
 
     words: list[str]
-    rates: np.ndarray
-    spread: np.ndarray
-    origin: np.ndarray | None
+    rates: np.ndarray  # share of the book's words
+    spread: np.ndarray  # standard deviation of that share between windows of the book
+    origin: np.ndarray | None  # share of general text
 
 
 def build_word_profile(book: str, control: str | None = None) -> WordProfile:
     """Build the profile of a training text, of two windows of words at least, and of general text."""
     tokens = split_words(book)
-    ranked, totals = np.unique(tokens, return_counts=True)
-    frequent = ranked[np.lexsort((ranked, -totals))][:N_FREQUENT].tolist()
-    whole = len(tokens) // WINDOW_WORDS * WINDOW_WORDS
-    windows = [tokens[start : start + WINDOW_WORDS] for start in range(0, whole, WINDOW_WORDS)]
+    totals = Counter(tokens)
+    frequent = sorted(totals, key=lambda word: (-totals[word], word))[:N_FREQUENT]
+    windows = [tokens[i : i + WINDOW_WORDS] for i in range(0, len(tokens) - WINDOW_WORDS + 1, WINDOW_WORDS)]
     spread = count_words(windows, frequent).std(axis=0, ddof=1) / WINDOW_WORDS  # of counts: exactly 0 for no change
     words = [word for word, deviation in zip(frequent, spread, strict=True) if deviation > 0]
     origin = word_rates([split_words(control)], words) if control and split_words(control) else None
@@ -84,14 +80,10 @@ def cosine_delta(rates: np.ndarray, profile: WordProfile) -> np.ndarray:
 
 
 def measure_delta(texts: list[list[str]], profile: WordProfile, n_words: int, seed: int) -> dict[str, dict]:
-    """Measure delta and, with an origin, cosine_delta between texts (lists of words) and the book.
+    """Measure delta and, with an origin, cosine_delta between texts (lists of words) and the book: {value, low, high}.
 
-    Args:
-        n_words: Delta falls as a text grows, so only equal amounts are comparable: the value is the mean over
-            selections of about this many words.
-        seed: of the selections and the bootstrap.
-    Returns:
-        {value, low, high} of each.
+    Delta falls as a text grows, so only equal amounts are comparable: the value is the mean over SELECTIONS selections
+    of about n_words words.
     """
     counts, lengths = count_words(texts, profile.words), np.array([len(text) for text in texts])
     size = min(len(texts), max(1, round(n_words / lengths.mean())))
@@ -110,13 +102,13 @@ def measure_delta(texts: list[list[str]], profile: WordProfile, n_words: int, se
 def measure_auc(book: list[str], texts: list[str], n_texts: int, seed: int) -> dict[str, float]:
     """Measure how well a classifier on character n-grams tells texts from the book: 0.5 not at all, 1.0 always.
 
+    More texts make a better classifier, so only equal numbers are comparable: the value is the mean over FOLDINGS
+    selections of n_texts texts, each with its own 5-fold cross-validation.
+
     Args:
         book: windows of training text, as long as the texts.
-        n_texts: more texts make a better classifier, so only equal numbers are comparable: the value is the mean
-            over FOLDINGS selections of this many texts, each with its own folds.
-        seed: of selections, folds and bootstrap.
     Returns:
-        value, low, high, by 5-fold cross-validation.
+        value, low, high.
     """
     grams = TfidfVectorizer(analyzer="char", ngram_range=(1, 4), lowercase=False, sublinear_tf=True)
     classifier = make_pipeline(grams, LogisticRegression(C=10, max_iter=1000))
@@ -137,10 +129,7 @@ def measure_auc(book: list[str], texts: list[str], n_texts: int, seed: int) -> d
 
 
 def measure_lengths(text: str) -> dict[str, float | None]:
-    """Return the words per sentence and per paragraph; None where none ends.
-
-    Ends are counted, because a sample is cut off in the middle of its last sentence.
-    """
+    """Return the words per sentence and per paragraph that ends (a sample's last one is cut off); None without any."""
     n_words = len(split_words(text))
     ends = {"sentence_words": SENTENCE_END, "paragraph_words": PARAGRAPH_END}
     counts = {name: len(end.findall(text)) for name, end in ends.items()}

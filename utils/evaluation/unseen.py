@@ -24,25 +24,22 @@ def save_training_ngrams(folder: Path, train: np.ndarray) -> None:
 
 def count_seen_ngrams(folder: Path, segments: list[np.ndarray]) -> tuple[int, int]:
     """Return how many n-grams of the segments' token ids a model was trained on, and of how many."""
+    path = folder / TRAINING_NGRAMS
     try:
-        record = load_file(folder / TRAINING_NGRAMS)
+        record = load_file(path)
         hashes, one_in = record["hashes"], int(record["one_in"][0])
     except (OSError, SafetensorError, LookupError) as error:
-        raise UserError(
-            f"{folder / TRAINING_NGRAMS} cannot be read, so the training text is not known: {error}"
-        ) from None
+        raise UserError(f"{path} cannot be read, so the training text is not known: {error}") from None
     ngrams = np.concatenate([np.zeros(0, np.uint64), *(sample_ngrams(ids, one_in) for ids in segments)])
     return int(np.isin(ngrams, hashes).sum()), len(ngrams)
 
 
 def check_unseen(folder: Path, recorded: dict, data) -> bool | None:
-    """Refuse validation text that a model was trained on.
+    """Refuse validation text that a model was trained on; return whether it is of another book, None if not known.
 
     Args:
         recorded: the model's run_config.json; {} without one.
         data: Blocks with validation text.
-    Returns:
-        Whether the data is of another book than the model's; None if that is not known.
     """
     if not recorded:
         return None

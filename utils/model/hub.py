@@ -1,17 +1,15 @@
 """Find a model's folder: a local one, the Hugging Face cache, then the hub. The project's only network access."""
 
 import os
-import select
 import subprocess
 import sys
-import tempfile
-import time
 from contextlib import suppress
 from pathlib import Path
 
 from filelock import FileLock
 from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
 from utils.errors import EXIT_MACHINE, UserError, machine_reason, warn
 from utils.storage import hash_file, read_json
@@ -23,29 +21,27 @@ ANSWER_SECONDS = 4
 # A download of less than this many bytes in so many seconds is given up.
 STALL_BYTES, STALL_SECONDS = 100_000, 12
 NOT_FOUND = "it is not on the hub"
-# Run in a child process, which can be ended: a name lookup or a silent server can block for minutes.
-DOWNLOAD = f"""
+# Both run in a child process, which can be ended: a name lookup or a silent server can block for minutes.
+ASK = f"""
 import sys, urllib.error, urllib.request
-url, name, *patterns = sys.argv[1:]
 try:
-    urllib.request.urlopen(urllib.request.Request(url, method="HEAD"))
+    urllib.request.urlopen(urllib.request.Request(sys.argv[1], method="HEAD"))
 except urllib.error.HTTPError as error:
     sys.exit("{NOT_FOUND}" if error.code in (401, 403, 404) else "the hub is down")
 except Exception:
     sys.exit("the network is unreachable")
-print("the hub answers", flush=True)
+"""
+DOWNLOAD = """
+import sys
 from huggingface_hub import constants, snapshot_download
 constants.DOWNLOAD_CHUNK_SIZE = 1 << 16  # the default of 10 MB makes a slow line look like a dead one
-snapshot_download(name, allow_patterns=patterns)
+snapshot_download(sys.argv[1], allow_patterns=sys.argv[2:])
 """
 
 
 def locate_model(name: str, what: str = "model") -> Path:
-    """Return the local folder of a model, downloading it if need be.
+    """Return the folder of a model given by folder or by name on the Hugging Face hub, downloading it if need be.
 
-    Args:
-        name: a folder, or a name on the Hugging Face hub like 'gpt2'.
-        what: 'model' or 'tokenizer', for messages.
     Raises:
         UserError: no such folder; or not in the cache and the hub does not answer (5 s) or send enough (30 s).
     """
@@ -54,29 +50,27 @@ def locate_model(name: str, what: str = "model") -> Path:
         if name in ("gpt2", "distilgpt2"):
             warn(f"using ./{name}, a local directory, not the hub's {name}")
         return folder
-    if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") != (1 if "/" in name else 0):
-        kind = "is a file, expected a directory" if folder.exists() else "no such directory"
-        raise UserError(f"{what}: {name}: {kind}")
-    if folder.parent != Path() and folder.parent.is_dir():
-        raise UserError(f"{what}: {name}: no such directory")  # results/x is a mistyped folder, not a name
-    return _find_cached(name, what) or _fetch(name, what)
+    if folder.exists():
+        raise UserError(f"{what}: {name}: is a file, expected a directory")
+    is_path = name.startswith((".", "/", "~")) or name.count("/") > 1
+    if is_path or (folder.parent != Path() and folder.parent.is_dir()):  # results/x is a mistyped folder, not a name
+        raise UserError(f"{what}: {name}: no such directory")
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        raise UserError(f"{what}: {name!r} is neither a folder nor a name on the hub") from None
+    return _find_cached(name) or _fetch(name, what)
 
 
 def find_local(name: str) -> Path | None:
     """Return the folder of a model that is local or in the cache, without network access."""
-    if Path(name).is_dir():
-        return Path(name)
-    with suppress(UserError):  # the path of a removed folder is no valid name of the hub
-        return _find_cached(name, "model")
-    return None
+    return Path(name) if Path(name).is_dir() else _find_cached(name)
 
 
-def _find_cached(name: str, what: str) -> Path | None:
+def _find_cached(name: str) -> Path | None:
     try:
         folder = Path(snapshot_download(name, allow_patterns=FILES, local_files_only=True))
-    except HFValidationError:
-        raise UserError(f"{what}: {name!r} is neither a folder nor a name on the hub") from None
-    except OSError:  # LocalEntryNotFoundError is one
+    except (OSError, HFValidationError):  # not there; or the path of a removed folder, which is no name of the hub
         return None
     # An interrupted download leaves a folder too, with links missing or dangling.
     weights = [path for pattern in ("*.safetensors", "*.bin") for path in folder.glob(pattern)]
@@ -89,7 +83,7 @@ def _fetch(name: str, what: str) -> Path:
     reason = _download(name, os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
     if reason == NOT_FOUND:
         raise UserError(f"{what} {name!r} does not exist on the hub, or is not open to you")
-    if reason is None and (folder := _find_cached(name, what)):
+    if reason is None and (folder := _find_cached(name)):
         return folder
     advice = f"download it elsewhere and give its folder, or use the embedded --model-name {EMBEDDED_BASE}"
     reason = reason or "its download is incomplete"
@@ -100,37 +94,35 @@ def _download(name: str, endpoint: str) -> str | None:
     """Download a model into the cache in a child process, and check its files; return the reason of a failure."""
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
         return "HF_HUB_OFFLINE is set"
+    python, url = [sys.executable, "-c"], f"{endpoint}/{name}/resolve/main/config.json"
+    try:
+        asked = subprocess.run([*python, ASK, url], stderr=subprocess.PIPE, text=True, timeout=ANSWER_SECONDS)
+    except subprocess.TimeoutExpired:
+        return f"no answer in {ANSWER_SECONDS} s"
+    if asked.returncode:
+        return asked.stderr.strip()
+    print(f"downloading {name} from {endpoint}", flush=True)
     cache = Path(constants.HF_HUB_CACHE) / f"models--{name.replace('/', '--')}"
     plain = {"HF_HUB_DISABLE_XET": "1", "HF_HUB_CACHE": str(constants.HF_HUB_CACHE)}  # xet hides its progress
-    command = [sys.executable, "-c", DOWNLOAD, f"{endpoint}/{name}/resolve/main/config.json", name, *FILES]
-    with tempfile.TemporaryFile() as errors:
-        child = subprocess.Popen(command, env=os.environ | plain, stdout=subprocess.PIPE, stderr=errors)
-        try:
-            if not select.select([child.stdout], [], [], ANSWER_SECONDS)[0]:
-                return f"no answer in {ANSWER_SECONDS} s"
-            answered = child.stdout.read(1)  # empty when the child has ended
-            if answered:
-                print(f"downloading {name} from {endpoint}", flush=True)
-            seen, since = 0, time.monotonic()
-            while child.poll() is None:
-                time.sleep(0.2)
-                size = _count_bytes(cache)
-                if size >= seen + STALL_BYTES:
-                    seen, since = size, time.monotonic()
-                elif time.monotonic() > since + STALL_SECONDS:
+    command = [*python, DOWNLOAD, name, *FILES]
+    child = subprocess.Popen(command, env=os.environ | plain, stderr=subprocess.PIPE, errors="replace")
+    seen = 0
+    try:
+        while child.returncode is None:
+            try:
+                said = child.communicate(timeout=STALL_SECONDS)[1]
+            except subprocess.TimeoutExpired:
+                before, seen = seen, _count_bytes(cache)
+                if seen < before + STALL_BYTES:
                     return f"the hub sends less than {STALL_BYTES / 1000:.0f} kB in {STALL_SECONDS} s"
-        finally:
-            child.kill()
-            child.communicate()
-            _remove_partial_files(cache)
-        errors.seek(0)
-        said = errors.read().decode(errors="replace").strip()
+    finally:
+        child.kill()
+        child.communicate()
+        _remove_partial_files(cache)
     for blob in cache.glob("blobs/*"):
         if len(blob.name) == 64 and hash_file(blob) != blob.name:  # the hub names large files by their sha256
             blob.unlink()
             return "a downloaded file had a wrong checksum and was removed"
-    if not answered:
-        return said
     return f"the download failed ({machine_reason(OSError(said)) or 'try it again'})" if child.returncode else None
 
 
@@ -165,7 +157,5 @@ def read_config(path: Path, what: str = "model") -> dict:
 
 def position_limit(config: dict) -> int | None:
     """Return a model's context length in tokens, or None when it is not fixed."""
-    for key in ("n_positions", "max_position_embeddings", "n_ctx"):
-        if isinstance(config.get(key), int):
-            return config[key]
-    return None
+    values = map(config.get, ("n_positions", "max_position_embeddings", "n_ctx"))
+    return next((value for value in values if isinstance(value, int)), None)

@@ -12,17 +12,14 @@ from transformers.masking_utils import sdpa_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 # Rows of logits per pass: on a CPU their float32 copies stay in the cache; on a GPU fewer kernel launches count.
-ROWS = {"cpu": 16}
-ROWS_ELSEWHERE = 2048
+CPU_ROWS, GPU_ROWS = 16, 2048
 FAST_ATTENTION = "sdpa_fast_dropout"
 
 
 def use_fast_layers(model, device: torch.device, compiled: bool = False) -> None:
     """Replace a model's layers and loss by faster forms; weights and saved config stay as they are.
 
-    Args:
-        device: dropout is replaced on a CPU only, where PyTorch's is slow.
-        compiled: compile the model's repeated layers, whose compiled dropout is fast.
+    Dropout is replaced where PyTorch's is slow: on a CPU, unless the model's repeated layers are `compiled`.
     """
     slow_dropout = device.type == "cpu" and not compiled
     for module in list(model.modules()):
@@ -98,7 +95,7 @@ class _NextTokenLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits: torch.Tensor, targets: torch.Tensor, n_targets: int) -> torch.Tensor:
-        rows = ROWS.get(logits.device.type, ROWS_ELSEWHERE)
+        rows = CPU_ROWS if logits.device.type == "cpu" else GPU_ROWS
         gradient = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
         loss_sum = torch.zeros((), device=logits.device)
         # One buffer for all rows: the system fills newly allocated memory with zeros each time.

@@ -95,14 +95,15 @@ def refuse_misfit(folder: Path, config, shapes: dict[str, list[int]]) -> None:
             model = AutoModelForCausalLM.from_config(config)
     except Exception as error:  # each model family fails in its own way
         raise UserError(f"model: {folder}: config.json does not fit: {error}") from None
-    # The hub's gpt2 names its tensors without the prefix.
-    found = {name: shapes.get(name, shapes.get(name.removeprefix(f"{model.base_model_prefix}.")))
-             for name, _ in model.named_parameters()}  # fmt: skip
+    lacking = []
     for name, parameter in model.named_parameters():
-        if found[name] and found[name] != list(parameter.shape):
-            sizes = ("x".join(map(str, shape)) for shape in (found[name], parameter.shape))
+        # The hub's gpt2 names its tensors without the prefix.
+        shape = shapes.get(name, shapes.get(name.removeprefix(f"{model.base_model_prefix}.")))
+        if shape is None:
+            lacking.append(name)
+        elif shape and shape != list(parameter.shape):
+            sizes = ("x".join(map(str, size)) for size in (shape, parameter.shape))
             raise UserError(f"model: {folder}: {name} is {', config.json says '.join(sizes)}")
-    lacking = [name for name, shape in found.items() if shape is None]
     if lacking and count_parameters(model) > sum(map(math.prod, shapes.values())):
         raise UserError(f"model: {folder} lacks {len(lacking)} tensors, first {lacking[0]}; "
                         f"config.json says {config.model_type}")  # fmt: skip
@@ -193,11 +194,10 @@ def pick_device(name: str) -> torch.device:
     """Turn --device into a device; 'auto' prefers cuda, then mps, then cpu."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if name.startswith("cuda"):
-        if not torch.cuda.is_available():
-            raise UserError(f"--device {name}: this PyTorch has no CUDA")
-        if name != "cuda" and int(name[5:]) >= torch.cuda.device_count():
-            raise UserError(f"--device {name}: this machine has {torch.cuda.device_count()} GPU")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"--device {name}: this PyTorch has no CUDA")
+    if name.startswith("cuda:") and int(name[5:]) >= torch.cuda.device_count():
+        raise UserError(f"--device {name}: this machine has {torch.cuda.device_count()} GPU")
     if name == "mps" and not torch.backends.mps.is_available():
         raise UserError("--device mps: this PyTorch has no MPS")
     return torch.device(name)
@@ -232,17 +232,11 @@ def has_native_bf16(device: torch.device) -> bool:
 
 def autocast(device: torch.device, dtype: str):
     """Return a context in which the forward pass computes in dtype."""
-    if dtype == "fp32":
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, DTYPES[dtype])
+    return torch.autocast(device.type, torch.bfloat16) if dtype == "bf16" else contextlib.nullcontext()
 
 
 def load_pair(folder: Path, verified: bool = False):
-    """Load a folder's model and tokenizer, and check that they fit each other.
-
-    Args:
-        verified: the files have been compared already with the manifest that this project writes.
-    """
+    """Load a folder's model and tokenizer, and check that they fit each other and, unless `verified`, the manifest."""
     problem = None if verified or not (folder / MANIFEST).is_file() else verify_folder(folder)
     if problem:
         raise UserError(f"model: {problem}")

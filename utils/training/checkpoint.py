@@ -33,29 +33,24 @@ OTHER_BYTES = 8_000_000  # upper estimate for tokenizer, configs and RNG state
 
 @dataclass
 class TrainState:
-    """State of a run besides weights, optimizer and RNG.
+    """State of a run besides weights, optimizer and RNG."""
 
-    step: optimizer steps done; tokens: trained on; seconds: of all sessions; evaluated_step: last step whose evaluation
-    finished; machine: what bit identity depends on.
-    """
-
-    step: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
-    evaluated_step: int = -1
+    step: int = 0  # optimizer steps done
+    tokens: int = 0  # trained on
+    seconds: float = 0.0  # of all sessions
+    evaluated_step: int = -1  # the last one whose evaluation finished
     best_step: int = 0
     base_metrics: dict = field(default_factory=dict)
     best_metrics: dict = field(default_factory=dict)
     evals_without_gain: int = 0
     finished: bool = False
-    machine: dict = field(default_factory=dict)
+    machine: dict = field(default_factory=dict)  # what bit identity depends on
 
     def record_evaluation(self, result: dict[str, float], max_copy_rate: float) -> bool:
         """Record an evaluation of the current step; return whether it is the best: copying first, then the loss.
 
-        Args:
-            result: eval/loss and more; {} without validation blocks, then every step counts as the best.
-            max_copy_rate: a model with a higher eval/copy_rate is best only when all others exceed it too.
+        Without validation blocks the result is {} and every step counts as the best. A model with an eval/copy_rate
+        above max_copy_rate is best only when all others exceed it too.
         """
 
         def rank(metrics: dict[str, float]) -> tuple[bool, float]:
@@ -122,11 +117,7 @@ def record_machine(state: TrainState, device: torch.device, micro_batch_size: in
 
 
 def refuse_other_settings(path: Path, settings: dict) -> None:
-    """Raise UserError when the settings differ from those in the run_config.json at `path`.
-
-    Args:
-        settings: everything that shapes the result; names of hashes end in _sha256.
-    """
+    """Raise UserError when the settings, of which hashes end in _sha256, differ from those in a run_config.json."""
     changed = diff_settings(read_json(path).get("settings"), settings)
     if changed:
         name, was, now = changed
@@ -160,11 +151,7 @@ def find_checkpoint(output_dir: Path) -> Path | None:
 
 
 def check_checkpoint(folder: Path) -> str | None:
-    """Return why a checkpoint cannot be used, or None.
-
-    Raises:
-        UserError: its format is newer; resuming from an older checkpoint would lose steps.
-    """
+    """Return why a checkpoint cannot be used, or None; UserError for a newer format, not to lose steps."""
     try:
         made = read_sealed(folder).get("format")
         reason = verify_folder(folder)

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
 
 import torch
 
@@ -104,13 +105,9 @@ def count_activations(model, input_ids: torch.Tensor, autocast: Callable[[], Abs
 def choose_micro_batch(
     model, data: Blocks, autocast: Callable[[], AbstractContextManager], batch_size: int, given: int | None
 ) -> int:
-    """Return the blocks per forward pass: as many as are useful and fit into memory.
+    """Return the blocks per forward pass: as many as are useful and fit into memory, batch_size at most.
 
     Args:
-        model: on its device.
-        data: to count activations on.
-        autocast: returns the context of a forward pass.
-        batch_size: upper limit, in blocks.
         given: asked for by flag or by the run that is resumed; a warning tells when it does not fit.
     """
     enough = max(1, ENOUGH_TOKENS.get(model.device.type, ENOUGH_TOKENS_ELSEWHERE) // data.block_size)
@@ -129,18 +126,11 @@ def choose_micro_batch(
     return wanted if given else max(1, min(wanted, fits))
 
 
-class Stopwatch:
-    """Measure the seconds between two laps, each after the device has finished its work."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device, self.last = device, 0.0
-        self.lap()
-
-    def lap(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        before, self.last = self.last, time.perf_counter()
-        return self.last - before
+def read_clock(device: torch.device) -> float:
+    """Return the time in seconds, once the device has finished its work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def forecast_run(
@@ -149,9 +139,7 @@ def forecast_run(
     """Measure three steps or more, an evaluation and some tokens; model, optimizer and RNG state stay as they are.
 
     Args:
-        setup: of the run.
-        model, optimizer: of the run, before their state is restored.
-        data: the blocks.
+        optimizer: of the run, before its state is restored.
         first_step: steps already done.
         forward_backward: the loop's function of model, input_ids and number of blocks.
     """
@@ -168,8 +156,8 @@ def forecast_run(
         save_every *= math.ceil(SAVING_FACTOR * saving / between)
     n_evaluations = count_due(first_step, setup.max_steps, setup.eval_every)
     n_saves = count_due(first_step, setup.max_steps, save_every)
-    n_of_base = int(first_step == 0)  # evaluated, not saved
-    seconds += (n_evaluations + n_of_base) * evaluating + n_evaluations * saving / 3 + n_saves * saving
+    seconds += n_evaluations * (evaluating + saving / 3) + n_saves * saving
+    seconds += evaluating * (first_step == 0)  # the base model is not saved
     disk = checkpoint_bytes(model) * (min(n_saves, setup.keep_checkpoints + 1) + 1 / 3)
     peak = peak_bytes(setup.device) + (0 if setup.device.type == "cuda" else LATER_BYTES)
     return Forecast(seconds, peak, int(disk), n_left, blocks_left / len(data.train), save_every)
@@ -186,40 +174,41 @@ def time_steps(setup: TrainingSetup, model, optimizer, data, forward_backward, n
     AdamW works with a learning rate of zero and is emptied afterwards, so that no weight changes.
     """
     blocks = data.train[: setup.micro_batch_size]["input_ids"].to(model.device)
-    passes, rests = [], []
-    watch, n_micro_batches = Stopwatch(setup.device), n_left * setup.order.blocks_per_step / len(blocks)
+    passes, rests, n_micro_batches = [], [], n_left * setup.order.blocks_per_step / len(blocks)
     while len(passes) < CALIBRATION_STEPS or sum(passes[1:]) < min(
         CALIBRATION_SHARE * passes[-1] * n_micro_batches, CALIBRATION_SECONDS
     ):
+        started = read_clock(setup.device)
         with setup.autocast():
             forward_backward(model, blocks, len(blocks))
-        passes.append(watch.lap())
+        passed = read_clock(setup.device)
         if torch.nn.utils.clip_grad_norm_(model.parameters(), setup.max_grad_norm).isfinite():
             set_lr(optimizer, 0.0)  # else the loop refuses the gradient, and says so
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        rests.append(watch.lap())
+        passes.append(passed - started)
+        rests.append(read_clock(setup.device) - passed)
     optimizer.state.clear()
     # The first step allocates memory for all others and is left out.
-    return sum(passes[1:]) / len(passes[1:]) / len(blocks), sum(rests[1:]) / len(rests[1:])
+    return mean(passes[1:]) / len(blocks), mean(rests[1:])
 
 
 def time_evaluation(setup: TrainingSetup, model, data: Blocks) -> float:
     """Return the seconds of an evaluation, extrapolated from a few blocks and a few tokens."""
     if not len(data.validation):
         return 0.0
-    watch, blocks = Stopwatch(setup.device), data.validation[: setup.eval_batch_size]["input_ids"].to(model.device)
+    blocks = data.validation[: setup.eval_batch_size]["input_ids"].to(model.device)
     model.eval()
     for _ in range(2):  # the first pass allocates
-        watch.lap()
+        started = read_clock(setup.device)
         with torch.no_grad(), setup.autocast():
             model(input_ids=blocks, labels=blocks, use_cache=False)
-        seconds = watch.lap() * len(data.validation) / len(blocks)
+        seconds = (read_clock(setup.device) - started) * len(data.validation) / len(blocks)
     model.train()
     monitor = setup.copy_monitor
     for prompts, new_tokens in ((monitor.prompts, monitor.new_tokens), ([setup.sample_ids], setup.sample_tokens)):
         if prompts and new_tokens:
-            few = Decoding(max_new_tokens=min(new_tokens, CALIBRATION_TOKENS))
+            few, started = Decoding(max_new_tokens=min(new_tokens, CALIBRATION_TOKENS)), read_clock(setup.device)
             generate_ids(model, monitor.eos_token_id, prompts, [0] * len(prompts), few, setup.autocast)
-            seconds += watch.lap() * new_tokens / few.max_new_tokens
+            seconds += (read_clock(setup.device) - started) * new_tokens / few.max_new_tokens
     return seconds

@@ -2,6 +2,7 @@
 
 import json
 import platform
+from contextlib import suppress
 from pathlib import Path
 
 import datasets
@@ -22,10 +23,8 @@ class MetricsLog:
     """Append one JSON object per line to metrics.jsonl, and to TensorBoard if asked.
 
     Args:
-        folder: the run's output folder.
         step: training lines after this step are dropped: that work was lost and is done again.
         evaluated_step: the same for evaluations, of which the last may be done again at `step` itself.
-        tensorboard: write event files to folder/tensorboard too.
     """
 
     def __init__(self, folder: Path, step: int, evaluated_step: int, tensorboard: bool = False) -> None:
@@ -59,12 +58,10 @@ def read_metrics(folder: Path) -> list[dict]:
     """Read metrics.jsonl up to the first line damaged by a kill or a power cut."""
     rows = []
     if (folder / METRICS).is_file():
-        for line in (folder / METRICS).read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
+        with suppress(ValueError, TypeError, KeyError):
+            for line in (folder / METRICS).read_text(encoding="utf-8", errors="replace").splitlines():
                 row = json.loads(line)
                 rows.append({"step": int(row["step"]), **row})
-            except (ValueError, TypeError, KeyError):
-                break
     return rows
 
 
@@ -89,10 +86,9 @@ def write_results(folder: Path, state, max_steps: int) -> dict:
     draw_loss_curve(folder, state.best_step)
     results = {f"base_{RESULT_NAMES[key]}": value for key, value in state.base_metrics.items()}
     results |= {RESULT_NAMES[key]: value for key, value in state.best_metrics.items()}
-    speed = state.tokens / max(state.seconds, 1e-9)
-    results |= {"best_step": state.best_step, "step": state.step, "max_steps": max_steps}
-    results |= {"train_runtime": round(state.seconds, 1), "train_tokens": state.tokens}
-    results |= {"train_tokens_per_second": round(speed, 1)}
+    results |= {"best_step": state.best_step, "step": state.step, "max_steps": max_steps,
+                "train_runtime": round(state.seconds, 1), "train_tokens": state.tokens,
+                "train_tokens_per_second": round(state.tokens / max(state.seconds, 1e-9), 1)}  # fmt: skip
     write_json(folder / "all_results.json", results)
     return results
 

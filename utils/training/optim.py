@@ -25,11 +25,8 @@ def build_optimizer(
 def build_schedule(kind: str, learning_rate: float, max_steps: int, warmup_ratio: float) -> Callable[[int], float]:
     """Return the learning rate as a function of the step, counted from 0.
 
-    Args:
-        kind: 'cosine' and 'linear' decay to zero at max_steps, 'constant' does not decay.
-        learning_rate: peak value.
-        max_steps: steps of the whole run.
-        warmup_ratio: share of the steps with linear warm-up from zero.
+    After a linear warm-up from zero to the peak learning_rate over a warmup_ratio of the steps, 'cosine' and 'linear'
+    decay to zero at max_steps, 'constant' does not decay.
     """
     warmup = math.ceil(max_steps * warmup_ratio)
 

@@ -50,10 +50,7 @@ def keep_freed_memory(most: int = 2**30) -> None:
     """Have glibc keep freed memory for this process; does nothing with another C library.
 
     By default it returns every tensor above 32 MB, such as a batch of logits, to the system, which zeroes each page
-    before it hands it out again: a tenth of a training's time on a CPU.
-
-    Args:
-        most: bytes of the largest tensor that is kept.
+    before it hands it out again: a tenth of a training's time on a CPU. `most` is the largest tensor kept, in bytes.
     """
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if hasattr(libc, "mallopt"):
