@@ -19,8 +19,9 @@ demo: $(READY)
 	@echo "  $(FINETUNED)/all_results.json the numbers"
 	@echo "  results/data/book.txt         the book itself"
 
+# More processes than cores: many tests wait for the disk or for a child.
 test: $(READY)
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n 4 --dist worksteal
 
 # Hours: the same tests with large counts, then every guard removed in turn and small changes everywhere.
 SOAK := tests/test_crash.py tests/test_damage.py tests/test_disk.py tests/test_signals.py tests/test_identity.py \
