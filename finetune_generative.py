@@ -172,12 +172,11 @@ def load_model(args, data, base, folder, checkpoint, device):
     return model, tokenizer
 
 
-def build_setup(args, data, model, tokenizer, device, dtype, order, max_steps, state):
+def build_setup(args, data, model, tokenizer, device, dtype, order, max_steps, sample, state):
     """Decide everything that the loop needs before its first step."""
     autocast = functools.partial(loading.autocast, device, dtype)
     # A resumed run keeps its micro-batch: another one rounds differently.
     given = args.micro_batch_size or state.machine.get("micro_batch_size")
-    sample_ids, sample_tokens = fit_context(model, encode_prompt(tokenizer, args.sample_prompt), args.sample_tokens)
     flags = {name: value for name, value in vars(args).items() if name in TrainingSetup.__dataclass_fields__}
     return TrainingSetup(**flags | {
         "device": device, "dtype": dtype, "autocast": autocast, "order": order, "max_steps": max_steps,
@@ -185,7 +184,7 @@ def build_setup(args, data, model, tokenizer, device, dtype, order, max_steps, s
         "schedule": build_schedule(args.lr_schedule, args.learning_rate, max_steps, args.warmup_ratio),
         "eval_every": args.eval_every or max(1, max_steps // 10),
         "copy_monitor": CopyMonitor(data, model, tokenizer, args.copy_samples, args.max_copy_rate, args.seed),
-        "sample_ids": sample_ids, "sample_tokens": sample_tokens,
+        "sample_ids": sample[0], "sample_tokens": sample[1],
     })  # fmt: skip
 
 
@@ -352,12 +351,13 @@ def main(args):
             print(f"resuming from step {state.step} of {max_steps} ({checkpoint})")
 
         model, tokenizer = load_model(args, data, base, folder, checkpoint, device)
+        sample = fit_context(model, encode_prompt(tokenizer, args.sample_prompt), args.sample_tokens)
         betas = (args.adam_beta1, args.adam_beta2)
         optimizer = build_optimizer(model, args.learning_rate, args.weight_decay, betas, args.adam_epsilon)
         saved = functools.partial(checkpoints.list_checkpoints, args.output_dir)
         explained = functools.partial(explain_failures, state, saved, args.batch_size, args.learning_rate)
         with explained():
-            setup = build_setup(args, data, model, tokenizer, device, dtype, order, max_steps, state)
+            setup = build_setup(args, data, model, tokenizer, device, dtype, order, max_steps, sample, state)
             forecast = forecast_run(setup, model, optimizer, data, state.step, forward_backward)
         print_settings(args, setup, data, model, base, forecast)
         if args.dry_run:

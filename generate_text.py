@@ -233,7 +233,7 @@ def measure(args, models, tokenizer, data, control, limit, samples, recorded, au
     quiz = compare.make_quiz(samples, data, tokenizer, args.seed)
     results = args.finetuned_model / "all_results.json"
     best_step = read_json(results).get("best_step") if results.is_file() else None
-    max_copy_rate = recorded.get("settings", {}).get("max_copy_rate")
+    max_copy_rate = (recorded.get("settings") or {}).get("max_copy_rate")
     rows = read_metrics(args.finetuned_model)
     curves = compare.arrange_curves(rows, best_step, max_copy_rate, texts["copy_rate"])
     return {**figures, **texts, **quiz, "training": curves}, missing + reasons

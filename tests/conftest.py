@@ -9,8 +9,8 @@ from collections import namedtuple
 from contextlib import contextmanager
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-for threads in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):  # tests share the cores by process: pytest -n
-    os.environ[threads] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"  # tests share the cores by process: pytest -n
+os.environ["OPENBLAS_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach a network; tests of the hub take this away
 
 import pytest

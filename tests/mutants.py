@@ -1,7 +1,7 @@
 """Take each guard out, and change small things all over, to see that a test fails every time.
 
     python tests/mutants.py guards      every fsync, rename, checksum, lock, finiteness check ... removed
-    python tests/mutants.py mutate      small changes in utils/storage.py, output.py and checkpoint.py, or those named
+    python tests/mutants.py mutate      small changes in the modules of MUTATED, or in those named
 
 A mutant is a module's source, changed and given to a forked child in place of the file; the child runs the
 tests. Nothing on the disk is touched. Exit status 1: no test failed for a guard, or fewer than 90 % were killed.

@@ -732,6 +732,9 @@ MODELS = [
     ("F31-llama-text", set_config('{"model_type": "llama", "hidden_size": "wide"}'), "model: model"),
     ("F31-llama-zero", set_config('{"model_type": "llama", "num_attention_heads": 0}'), "model: model"),
     ("F32", lambda model: (model / "model.safetensors").unlink(), "model: model has no model.safetensors"),
+    ("F32-link", lambda model: ((model / "model.safetensors").unlink(),
+                                (model / "model.safetensors").symlink_to("/nonexistent")),
+     "model/model.safetensors: no such file"),
     ("F32-state", lambda model: (model / "model.safetensors").rename(model / "optimizer.safetensors"),
      "model: model has no model.safetensors"),
     ("F33", only_pickle, "model: model has only a pickle file; convert it to safetensors"),
@@ -1255,6 +1258,15 @@ def test_reader_leaves(speaker):
         done = start(*speaker, cwd=ROOT, stdout=closed, stderr=subprocess.PIPE)
     assert done.returncode in (0, 141)
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
+def test_output_is_closed(closed):
+    """A stream that does not exist is no defect: the exit status tells the same."""
+    for flags, code in (("--help", 0), ("--no-such-flag", 2)):
+        command = f"{sys.executable} prepare_data.py {flags} {closed}"
+        done = subprocess.run(["sh", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=30)
+        assert (done.returncode, "Traceback" in done.stderr) == (code, False), done
 
 
 @pytest.mark.parametrize("speaker", SPEAKERS, ids=["short", "long", "help"])

@@ -207,7 +207,7 @@ def run(main: Callable[..., int | None], *arguments: Any) -> NoReturn:
 
 
 def _guard(action: Callable[[], int | None]) -> int:
-    for stream in (sys.stdout, sys.stderr):
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # None where it was closed
         stream.reconfigure(errors="replace")  # a terminal without UTF-8 is no reason to stop
     try:
         catch_signals(leave)
@@ -215,7 +215,8 @@ def _guard(action: Callable[[], int | None]) -> int:
             code = action() or 0
         except SystemExit as left:  # --help
             code = left.code
-        sys.stdout.flush()
+        if sys.stdout:
+            sys.stdout.flush()
         return code
     except UserError as error:
         return _report(str(error), error.code)

@@ -1,5 +1,6 @@
 """The report through its command: its contract, and every figure once more from samples.jsonl and the data folder."""
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -14,7 +15,7 @@ from datasets import load_from_disk
 from scorer import independent_loss
 
 from utils.data.blocks import open_blocks
-from utils.evaluation import generation
+from utils.evaluation import generation, stylometry
 from utils.evaluation.compare import compare_texts
 from utils.evaluation.loss import measure_gain
 from utils.evaluation.memorization import CopyMonitor, default_copy_rate, measure_extraction
@@ -404,3 +405,14 @@ def test_samples_longer_than_any_validation_segment_are_measured(large, reported
     assert part["counts"]["texts"]["reference"] == 0
     assert part["copy_rate"]["reference"]["8"] > 0  # of whole segments, not of windows
     assert any("reference has 0" in reason for reason in missing)
+
+
+def test_a_book_whose_words_never_vary_has_no_word_profile(large, reported, monkeypatch):
+    """All its frequent words are equally frequent everywhere: Delta would divide by zero."""
+    _, _, rows = reported
+    data, tokenizer = open_blocks(large / "blocks"), load_pair(large / "model")[1]
+    empty = dataclasses.replace(stylometry.build_word_profile("so it goes " * 500, None), words=[])
+    monkeypatch.setattr(stylometry, "build_word_profile", lambda *_: empty)
+    part, missing = compare_texts(rows, data, tokenizer, "", 30, seed=1)
+    assert "delta" not in part
+    assert missing == ["Delta, AUC and the word table: no frequent word of the book varies in its rate"]

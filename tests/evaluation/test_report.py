@@ -241,6 +241,15 @@ def test_terminal_shows_no_control_characters_and_no_line_beyond_its_width(repor
         assert ("[fine-tuned model]" in shown) == (width < 3 * 28 + 6)
 
 
+@pytest.mark.parametrize("width", [10, 20, 36])
+def test_a_very_narrow_terminal_cuts_no_figure_off(report, width):
+    shown = render_terminal(report, width)
+    assert "\u2026" not in shown
+    for row in list_scores(report):
+        for name in ("base", "finetuned", "reference"):
+            assert row[name].split(" [")[0] in shown
+
+
 def visit(page, tmp_path, width, script):
     """Open a page in Chromium in a frame as wide as a phone or a desk.
 

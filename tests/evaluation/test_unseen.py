@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from conftest import MEASURED_FLAGS, make_book
 
+from utils.data.blocks import open_blocks
 from utils.errors import UserError
-from utils.evaluation.unseen import TRAINING_NGRAMS, count_seen_ngrams, save_training_ngrams
+from utils.evaluation.unseen import TRAINING_NGRAMS, check_unseen, count_seen_ngrams, save_training_ngrams
 from utils.storage import read_json
 
 QUICK = ["--num-validation-prompts", 2, "--max-new-tokens", 8, "--no-measure"]
@@ -94,6 +95,51 @@ def test_the_training_text_of_a_folder_from_elsewhere_is_not_known(large, tiny_m
                  *QUICK)  # fmt: skip
     assert ran.code == 0
     assert "whether the validation text is unseen" in " ".join(read_json(run / "report.json")["missing"])
+
+
+def test_a_book_that_repeats_itself_may_be_cut_into_other_blocks(tiny_model, script, tmp_path):
+    """Validation shares a refrain with training, and the split is the same: nothing new was trained on."""
+    refrain = "\n\nHal rang the bell at the ford, and the ferry came over the cold water for him. " * 3
+    paragraphs = [text + (refrain if i % 4 == 0 else "") for i, text in enumerate(make_book(300).split("\n\n"))]
+    (tmp_path / "book.txt").write_text("\n\n".join(paragraphs))
+    prepare(script, tmp_path, tiny_model, tmp_path / "blocks")
+    assert read_json(tmp_path / "blocks/manifest.json")["leakage"]["leaked_ngrams"] > 0
+    flags = ["--data-dir", tmp_path / "blocks", "--output-dir", tmp_path / "run", "--max-steps", 2]
+    assert script("finetune_generative", *flags, "--sample-tokens", 0, "--copy-samples", 0).code == 0
+    prepare(script, tmp_path, tiny_model, tmp_path / "other", "--block-size", 16)
+    ran = script("generate_text", "--finetuned-model", tmp_path / "run", "--data-dir", tmp_path / "other", *QUICK)
+    assert ran.code == 0, ran.err
+
+
+def test_an_edited_copy_is_the_same_book(large, tiny_model, script, tmp_path):
+    (tmp_path / "edited.txt").write_text((large / "book.txt").read_text() + "The end.\n")
+    prepare(script, large, tiny_model, tmp_path / "blocks", book=tmp_path / "edited.txt")
+    data, config = open_blocks(tmp_path / "blocks"), read_json(large / "model/run_config.json")
+    seen = count_seen_ngrams(large / "model", data.segments("validation"))[0]
+    if seen:
+        with pytest.raises(UserError, match="another split"):
+            check_unseen(large / "model", config, data)
+    else:
+        assert check_unseen(large / "model", config, data) is False
+
+
+@pytest.mark.parametrize("config", [{}, {"settings": None}, {"base_model": "x"}, {"settings": {}, "data": []}])
+def test_the_config_of_another_program_tells_nothing(large, config):
+    assert check_unseen(large / "model", config, open_blocks(large / "blocks")) is None
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [({"val_split": 0, "val_path": None}, "--seed 42 --val-split 0,"),
+     ({"val_split": None, "val_path": ["a.txt", "b.txt"]}, "--seed 42 --val-path a.txt b.txt,")],
+)  # fmt: skip
+def test_the_advice_is_how_it_was_prepared(large, tiny_model, script, tmp_path, monkeypatch, change, says):
+    monkeypatch.chdir(tmp_path)
+    prepare(script, large, tiny_model, Path("blocks"), "--seed", 7)
+    config = read_json(large / "model/run_config.json")
+    config["data"]["settings"] |= change
+    with pytest.raises(UserError, match=says):
+        check_unseen(large / "model", config, open_blocks(Path("blocks")))
 
 
 @pytest.mark.parametrize("damage", [b"", b"nonsense"])

@@ -186,6 +186,13 @@ def test_unknown_name_on_the_hub(hub):
     assert raised.value.code == 2
 
 
+def test_what_python_itself_says_in_the_child_is_not_the_hubs_answer(hub, monkeypatch):
+    hub.fault = "404"
+    monkeypatch.setenv("PYTHONPROFILEIMPORTTIME", "1")
+    with pytest.raises(UserError, match="'gtp2' does not exist on the hub"):
+        locate_model("gtp2")
+
+
 def remains(folder):
     return [path.name for path in folder.rglob("*.incomplete")]
 

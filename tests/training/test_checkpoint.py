@@ -103,7 +103,7 @@ def test_the_newest_good_one_is_found(tmp_path, parts, capsys):
     with pytest.raises(UserError) as raised:
         checkpoint.find_checkpoint(tmp_path)
     assert str(raised.value) == (
-        f"output-dir: 3 checkpoints, none usable; --overwrite starts anew: {why}, checkpoint-2 unusable "
+        f"output-dir: 3 checkpoints, none usable; --overwrite starts a new run: {why}, checkpoint-2 unusable "
         "(manifest.json: no such file), checkpoint-1 unusable (config.json is missing)"
     )
 

@@ -111,6 +111,8 @@ def compare_texts(
         return fields, [f"{need}: {', '.join(short)}"]
     windows = tokenizer.batch_decode(data.windows("train", window_tokens, N_WINDOWS))
     profile = stylometry.build_word_profile(joined["book"], control)
+    if not profile.words:
+        return fields, ["Delta, AUC and the word table: no frequent word of the book varies in its rate"]
     style, missing = compare_style(texts, profile, windows, min(n_words[name] for name in texts), seed)
     return fields | style, missing
 

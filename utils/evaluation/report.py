@@ -24,6 +24,7 @@ FORMAT = 1
 NAMES = {"base": "base model", "finetuned": "fine-tuned model", "reference": "author (reference)"}
 PAGES = Path(__file__).parent / "pages"
 MIN_COLUMN, MAX_WIDTH = 28, 150  # characters of a column of text, of a terminal's line
+MIN_TABLE_WIDTH = 40
 SHOWN_REFERENCES = 2  # validation prompts that the terminal shows
 
 
@@ -158,14 +159,16 @@ def render_terminal(report: Report, width: int | None = None) -> str:
     # No terminal and no colors, whatever the environment says: the same text in a file, a pipe and a terminal.
     console = Console(file=io.StringIO(), width=width, color_system=None, force_terminal=False, markup=False,
                       emoji=False, highlight=False)  # fmt: skip
-    if report.scores:
+    if report.scores:  # figures are never cut off: a very narrow terminal wraps the lines
         table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
         table.add_column("", overflow="fold")
         for name in ("base", "fine-tuned", "author"):
             table.add_column(name, justify="right", no_wrap=True)
         for row in list_scores(report):
             table.add_row(row["label"], *(row[name].split(" [")[0] for name in NAMES))
+        console.width = max(width, MIN_TABLE_WIDTH)
         console.print(table)
+        console.width = width
     shown = [row for row in report.texts if not row["has_reference"]]
     shown += [row for row in report.texts if row["has_reference"]][:SHOWN_REFERENCES]
     for row in shown:

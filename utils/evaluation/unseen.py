@@ -8,10 +8,12 @@ from safetensors.numpy import load_file, save
 
 from utils.errors import UserError
 from utils.evaluation.ngrams import OVERLAP_TOKENS, keep_one_in, sample_ngrams
-from utils.storage import replacing
+from utils.storage import diff_settings, replacing
 
 TRAINING_NGRAMS = "training_ngrams.safetensors"
-OTHER_BOOK_SHARE = 0.01  # of its n-grams that another book may share: a licence, a quotation
+SPLIT_SETTINGS = ("books", "encoding", "seed", "val_split", "val_path")
+SAME_BOOK_SHARE = 0.1  # of its training n-grams; an edited copy shares more with the model's book, another book less
+OTHER_BOOK_SHARE = 0.01  # of its validation n-grams that another book may share: a licence, a quotation
 
 
 def save_training_ngrams(folder: Path, train: np.ndarray) -> None:
@@ -29,7 +31,7 @@ def count_seen_ngrams(folder: Path, segments: list[np.ndarray]) -> tuple[int, in
         record = load_file(path)
         hashes, one_in = record["hashes"], int(record["one_in"][0])
     except (OSError, SafetensorError, LookupError) as error:
-        raise UserError(f"{path} cannot be read, so the training text is not known: {error}") from None
+        raise UserError(f"{path} cannot be read ({error}); train the model again to compare it on this data") from None
     ngrams = np.concatenate([np.zeros(0, np.uint64), *(sample_ngrams(ids, one_in) for ids in segments)])
     return int(np.isin(ngrams, hashes).sum()), len(ngrams)
 
@@ -41,17 +43,23 @@ def check_unseen(folder: Path, recorded: dict, data) -> bool | None:
         recorded: the model's run_config.json; {} without one.
         data: Blocks with validation text.
     """
-    if not recorded:
+    try:
+        if recorded["settings"]["data_sha256"] == data.sha256:
+            return False
+        split = {name: recorded["data"]["settings"][name] for name in SPLIT_SETTINGS}
+    except (KeyError, TypeError):  # the config of another program
         return None
-    if recorded.get("settings", {}).get("data_sha256") == data.sha256:
-        return False
-    before, now = recorded["data"]["settings"], data.manifest["settings"]
-    is_other_book = not set(before["books"]) & set(now["books"])
-    n_seen, n_ngrams = count_seen_ngrams(folder, data.segments("validation"))
+    if diff_settings(data.manifest["settings"], split) is None:
+        return False  # the same split, in other blocks
+    (n_seen, n_ngrams), (n_seen_train, n_train) = (
+        count_seen_ngrams(folder, ids) for ids in (data.segments("validation"), [data.ids("train")])
+    )
+    is_other_book = n_seen_train < SAME_BOOK_SHARE * n_train
     if n_seen > (OTHER_BOOK_SHARE * n_ngrams if is_other_book else 0):
-        split = f"--seed {before['seed']}" + (f" --val-split {before['val_split']}" if before["val_split"] else "")
+        kept = f"--val-path {' '.join(split['val_path'])}" if split["val_path"] else f"--val-split {split['val_split']}"
         raise UserError(
             f"data: {data.folder} is another split than the model's: {n_seen:,} of {n_ngrams:,} {OVERLAP_TOKENS}-token "
-            f"n-grams of its validation text were trained on; prepare it as before ({split}) or train again"
+            f"n-grams of its validation text were trained on; prepare it with --seed {split['seed']} {kept}, "
+            "or train again"
         )
     return is_other_book

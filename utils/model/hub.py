@@ -20,16 +20,17 @@ MAX_LAYERS = 10_000
 ANSWER_SECONDS = 4
 # A download of less than this many bytes in so many seconds is given up.
 STALL_BYTES, STALL_SECONDS = 100_000, 12
-NOT_FOUND = "it is not on the hub"
+NOT_FOUND, DOWN = 4, 5
+REASONS = {NOT_FOUND: "it is not on the hub", DOWN: "the hub is down"}
 # Both run in a child process, which can be ended: a name lookup or a silent server can block for minutes.
 ASK = f"""
 import sys, urllib.error, urllib.request
 try:
     urllib.request.urlopen(urllib.request.Request(sys.argv[1], method="HEAD"))
 except urllib.error.HTTPError as error:
-    sys.exit("{NOT_FOUND}" if error.code in (401, 403, 404) else "the hub is down")
+    sys.exit({NOT_FOUND} if error.code in (401, 403, 404) else {DOWN})
 except Exception:
-    sys.exit("the network is unreachable")
+    sys.exit(1)
 """
 DOWNLOAD = """
 import sys
@@ -81,7 +82,7 @@ def _find_cached(name: str) -> Path | None:
 def _fetch(name: str, what: str) -> Path:
     """Download a model and return its folder, or raise UserError with the reason and advice."""
     reason = _download(name, os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
-    if reason == NOT_FOUND:
+    if reason == REASONS[NOT_FOUND]:
         raise UserError(f"{what} {name!r} does not exist on the hub, or is not open to you")
     if reason is None and (folder := _find_cached(name)):
         return folder
@@ -96,11 +97,11 @@ def _download(name: str, endpoint: str) -> str | None:
         return "HF_HUB_OFFLINE is set"
     python, url = [sys.executable, "-c"], f"{endpoint}/{name}/resolve/main/config.json"
     try:
-        asked = subprocess.run([*python, ASK, url], stderr=subprocess.PIPE, text=True, timeout=ANSWER_SECONDS)
+        code = subprocess.run([*python, ASK, url], capture_output=True, timeout=ANSWER_SECONDS).returncode
     except subprocess.TimeoutExpired:
         return f"no answer in {ANSWER_SECONDS} s"
-    if asked.returncode:
-        return asked.stderr.strip()
+    if code:
+        return REASONS.get(code, "the network is unreachable")
     print(f"downloading {name} from {endpoint}", flush=True)
     cache = Path(constants.HF_HUB_CACHE) / f"models--{name.replace('/', '--')}"
     plain = {"HF_HUB_DISABLE_XET": "1", "HF_HUB_CACHE": str(constants.HF_HUB_CACHE)}  # xet hides its progress

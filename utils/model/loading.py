@@ -61,6 +61,8 @@ def read_shapes(folder: Path) -> dict[str, list[int]]:
         if not isinstance(listed, dict) or not {*map(str, listed.values())} <= {path.name for path in paths}:
             raise UserError(f"model: {index} names files that are not in {folder}")
     for path in paths:
+        if not path.is_file():  # a dangling link
+            raise UserError(f"model: {path} is not a file")
         try:
             with safe_open(path, framework="pt") as file:
                 shapes |= {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118

@@ -146,7 +146,7 @@ def find_checkpoint(output_dir: Path) -> Path | None:
         reasons.append(f"{folder.name} unusable ({reason.replace(f'{folder}/', '')})")
     if reasons:
         listed = ", ".join(reasons)
-        raise UserError(f"output-dir: {len(reasons)} checkpoints, none usable; --overwrite starts anew: {listed}")
+        raise UserError(f"output-dir: {len(reasons)} checkpoints, none usable; --overwrite starts a new run: {listed}")
     return None
 
 
