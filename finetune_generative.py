@@ -100,7 +100,7 @@ from utils.evaluation.loss import describe_result, score_blocks, summarize_loss
 from utils.evaluation.memorization import CopyMonitor
 from utils.evaluation.unseen import save_training_ngrams
 from utils.model import loading
-from utils.model.hub import find_local, locate_model
+from utils.model.hub import find_local, hash_model, locate_model
 from utils.model.layers import use_fast_layers
 from utils.output_dir import check_output_dir, lock
 from utils.storage import clear_folder, hash_files, require_space, sweep
@@ -138,7 +138,7 @@ def collect_settings(args, data, base, folder):
     if args.from_scratch and args.from_scratch.is_file():
         settings["base_sha256"] = hash_files([args.from_scratch])
     elif folder:  # a hub model that has left the cache is not needed to resume
-        settings["base_sha256"] = hash_files([*folder.glob("model*.safetensors"), *folder.glob("config.json")])
+        settings["base_sha256"] = hash_model(folder)
     return settings
 
 

@@ -81,11 +81,11 @@ from utils.evaluation.ngrams import NgramIndex
 from utils.evaluation.report import Report, render_terminal, write_report
 from utils.evaluation.unseen import check_unseen
 from utils.evaluation.verdict import judge
-from utils.model.hub import locate_model, position_limit
+from utils.model.hub import hash_model, locate_model, position_limit
 from utils.model.layers import use_fast_layers
 from utils.model.loading import autocast, check_fit, load_pair, pick_device, pick_dtype
 from utils.output_dir import lock
-from utils.storage import hash_file, hash_files, read_json
+from utils.storage import hash_file, read_json
 from utils.training.checkpoint import list_checkpoints
 from utils.training.metrics import read_metrics
 
@@ -243,7 +243,7 @@ def describe_settings(args, base_name, folders, data, dtype):
     """Return everything that shapes the figures, with hashes of models, data and general text."""
     settings = vars(args) | {"base_model": base_name, "data_dir": data.folder if data else None, "dtype": dtype}
     for name, folder in folders.items():
-        settings[f"{name}_sha256"] = hash_files([*folder.glob("model*.safetensors"), *folder.glob("config.json")])
+        settings[f"{name}_sha256"] = hash_model(folder)
     settings["data_sha256"] = hash_file(data.folder / "manifest.json") if data else None
     settings["control_sha256"] = hash_file(args.control_path) if args.measure and args.control_path.is_file() else None
     return settings

@@ -195,7 +195,7 @@ def _map_splits(folder: Path, manifest: dict) -> datasets.DatasetDict:
 
 
 class BatchOrder:
-    """The blocks of every micro-batch, a pure function of seed, epoch and step.
+    """The blocks of every batch, a pure function of seed, epoch and step.
 
     An epoch has each block once, in its own order; its last step takes the blocks that are left.
     """
@@ -207,13 +207,13 @@ class BatchOrder:
         self._shuffled = functools.lru_cache(maxsize=2)(self._shuffle)
 
     def step_batches(self, step: int) -> list[list[int]]:
-        """Return the micro-batches of a step, as lists of block numbers."""
+        """Return the batches of a step, as lists of block numbers."""
         epoch, index = divmod(step, self.steps_per_epoch)
         order = self._shuffled(epoch)[index * self.blocks_per_step : (index + 1) * self.blocks_per_step]
         return [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
 
     def batches(self, first_step: int, max_steps: int) -> Iterator[list[int]]:
-        """Yield the micro-batches of the steps from first_step up to, not including, max_steps."""
+        """Yield the batches of the steps from first_step up to, not including, max_steps."""
         for step in range(first_step, max_steps):
             yield from self.step_batches(step)
 

@@ -12,7 +12,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from utils.errors import EXIT_MACHINE, UserError, machine_reason, warn
-from utils.storage import hash_file, read_json
+from utils.storage import hash_file, hash_files, read_json
 
 EMBEDDED_BASE = "results/base_model"
 FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
@@ -141,6 +141,11 @@ def _remove_partial_files(cache: Path) -> None:
         lock = cache.parent / ".locks" / cache.name / f"{path.name.split('.')[0]}.lock"
         with suppress(OSError, NotImplementedError), FileLock(lock, timeout=0):
             path.unlink(missing_ok=True)
+
+
+def hash_model(folder: Path) -> str:
+    """Return one sha256 over a model folder's weights and config."""
+    return hash_files([*folder.glob("model*.safetensors"), *folder.glob("config.json")])
 
 
 def read_config(path: Path, what: str = "model") -> dict:
