@@ -1,23 +1,21 @@
-"""Delta and AUC equal figures from code that shares nothing with them, and words and ends are counted as by hand."""
+"""Delta equals figures from code that shares nothing with them, and words and ends are counted as by hand."""
 
 import itertools
 import math
 import random
 import statistics
+import unicodedata
 from collections import Counter
 
 import numpy as np
 import pytest
-from scipy.optimize import minimize
-from sklearn.model_selection import StratifiedKFold
 
-from utils.evaluation import bootstrap, stylometry
-from utils.evaluation.bootstrap import interval, resample
+from utils.evaluation import stylometry
 from utils.evaluation.stylometry import (
     build_word_profile,
-    measure_auc,
     measure_delta,
     measure_lengths,
+    measure_unknown,
     split_words,
     tabulate_words,
 )
@@ -97,10 +95,10 @@ def test_delta_equals_a_hand_calculation(text):
     words = [word for part in texts for word in hand_words(part)]
     found = measure_delta(split_all(texts), build_word_profile(BOOK, CONTROL), 10**6, seed=0)
     profile = hand_profile(BOOK)
-    assert found["delta"]["value"] == pytest.approx(hand_delta(words, profile), abs=1e-6)
+    assert found["delta"].value == pytest.approx(hand_delta(words, profile), abs=1e-6)
     expected = hand_cosine_delta(words, profile, hand_words(CONTROL))
-    assert found["cosine_delta"]["value"] == pytest.approx(expected, abs=1e-6)
-    for figures in found.values():
+    assert found["cosine_delta"].value == pytest.approx(expected, abs=1e-6)
+    for figures in (estimate.interval(0) for estimate in found.values()):
         assert 0 <= figures["low"] < figures["value"] < figures["high"]
 
 
@@ -156,11 +154,12 @@ def test_the_author_is_nearer_than_another():
         for text in (" ".join(BOOK.split()[:1_500]), write(1_500, "book", 4), OTHER)
     )
     for name in ("delta", "cosine_delta"):
-        assert max(part[name]["high"], author[name]["high"]) < other[name]["low"]
+        near, far = (part[name].interval(0)["high"], author[name].interval(0)["high"]), other[name].interval(0)["low"]
+        assert max(near) < far
     copy = measure_delta([split_words(BOOK)], profile, 10**6, 0)
-    assert [copy[name]["value"] for name in ("delta", "cosine_delta")] == pytest.approx([0, 0], abs=1e-9)
+    assert [copy[name].value for name in ("delta", "cosine_delta")] == pytest.approx([0, 0], abs=1e-9)
     parts = measure_delta(split_all(cut(BOOK, 900)), profile, 10**6, 0)
-    assert parts["delta"]["low"] == 0 < parts["delta"]["high"]  # there is no distance below 0
+    assert parts["delta"].interval(0)["low"] == 0 < parts["delta"].interval(0)["high"]  # there is no distance below 0
 
 
 def test_delta_of_selections_is_their_mean():
@@ -175,8 +174,8 @@ def test_delta_of_selections_is_their_mean():
         ("cosine_delta", [hand_cosine_delta(selection, profile, control) for selection in selections]),
     ):
         error = statistics.stdev(values) / math.sqrt(stylometry.SELECTIONS)
-        assert min(values) < found[name]["value"] < max(values)
-        assert abs(found[name]["value"] - statistics.mean(values)) < 4 * error
+        assert min(values) < found[name].value < max(values)
+        assert abs(found[name].value - statistics.mean(values)) < 4 * error
 
 
 def test_delta_of_drawn_selections_equals_a_loop():
@@ -188,7 +187,7 @@ def test_delta_of_drawn_selections_equals_a_loop():
         values.append(hand_delta([word for words in selection for word in words], profile))
     found = measure_delta(split_all(texts), build_word_profile(BOOK), 500, seed=5)
     assert len(set(values)) == 15
-    assert found["delta"]["value"] == pytest.approx(statistics.mean(values), abs=1e-6)
+    assert found["delta"].value == pytest.approx(statistics.mean(values), abs=1e-6)
 
 
 def test_delta_is_compared_between_equal_amounts():
@@ -196,113 +195,23 @@ def test_delta_is_compared_between_equal_amounts():
     profile = build_word_profile(BOOK, CONTROL)
     few, many = (split_all(cut(write(n, "book", 7), 100)) for n in (1_000, 10_000))
     small, same, large = (
-        measure_delta(texts, profile, n_words, 0)["delta"]["value"]
+        measure_delta(texts, profile, n_words, 0)["delta"].value
         for texts, n_words in ((few, 1_000), (many, 1_000), (many, 10_000))
     )
     assert same == pytest.approx(small, rel=0.15)
     assert large < 0.6 * same
 
 
-def hand_tfidf(texts, vocabulary=None):
-    """Return rows of sublinear tf-idf of character 1- to 4-grams, l2-normed, and (column, idf) by gram."""
-    counted = []
-    for text in texts:
-        counted.append(Counter(text[i : i + n] for n in (1, 2, 3, 4) for i in range(len(text) - n + 1)))
-    if vocabulary is None:
-        documents = Counter(gram for counts in counted for gram in counts)
-        idf = {gram: math.log((1 + len(texts)) / (1 + n)) + 1 for gram, n in documents.items()}
-        vocabulary = {gram: (column, idf[gram]) for column, gram in enumerate(sorted(idf))}
-    rows = np.zeros((len(texts), len(vocabulary)))
-    for row, counts in zip(rows, counted, strict=True):
-        for gram, n in counts.items():
-            if gram in vocabulary:
-                column, idf = vocabulary[gram]
-                row[column] = (1 + math.log(n)) * idf
-        row /= math.sqrt(sum(row * row))
-    return rows, vocabulary
-
-
-def fit_logistic(rows, labels):
-    """Return weights and intercept of least 0.5 |w|^2 + 10 * summed log-loss; labels are -1 and 1."""
-
-    def objective(parameters):
-        weights, intercept = parameters[:-1], parameters[-1]
-        margins = labels * (rows @ weights + intercept)
-        pulls = -10 * labels / (1 + np.exp(margins))
-        value = 0.5 * weights @ weights + 10 * np.logaddexp(0, -margins).sum()
-        return value, np.append(weights + rows.T @ pulls, pulls.sum())
-
-    fitted = minimize(objective, np.zeros(rows.shape[1] + 1), jac=True, method="L-BFGS-B", options={"gtol": 1e-6})
-    return fitted.x[:-1], fitted.x[-1]
-
-
-def hand_auc(book, texts, seed):
-    """Count the pairs in which the book's text has the higher score of a classifier that saw neither."""
-    every, is_book = book + texts, [1] * len(book) + [0] * len(texts)
-    scores = [0.0] * len(every)
-    for seen, unseen in StratifiedKFold(5, shuffle=True, random_state=seed).split(every, is_book):
-        rows, vocabulary = hand_tfidf([every[i] for i in seen])
-        weights, intercept = fit_logistic(rows, np.array([2 * is_book[i] - 1 for i in seen]))
-        for i, row in zip(unseen, hand_tfidf([every[i] for i in unseen], vocabulary)[0], strict=True):
-            scores[i] = float(row @ weights) + intercept
-    pairs = list(itertools.product(scores[: len(book)], scores[len(book) :]))
-    return sum((a > b) + 0.5 * (a == b) for a, b in pairs) / len(pairs)
-
-
-@pytest.mark.parametrize("n_texts", [20, 14])
-def test_auc_equals_an_independent_implementation(n_texts):
-    """Texts so short that the figure is neither 0.5 nor 1: the mean of five selections, each with its own folds."""
-    book, texts = cut(write(1_000, "book", 1), 40), cut(write(800, "other", 2), 40)
-    orders = [np.random.default_rng(seed).permutation(20)[:n_texts] for seed in range(3, 8)]
-    values = [hand_auc(book, [texts[i] for i in order], seed) for seed, order in enumerate(orders, start=3)]
-    found = measure_auc(book, texts, n_texts, seed=3)
-    assert found["value"] == pytest.approx(statistics.mean(values), abs=0.01)
-    assert max(values) - min(values) > 0.03  # so one of them alone would not do
-    assert 0.6 < found["value"] < 0.98
-    assert 0 <= found["low"] < found["value"] < found["high"] <= 1
-
-
-def test_auc_of_the_same_source_and_of_another():
-    # Few texts of one source get less than 0.5: one that is left out is missed on its own side.
-    equal = measure_auc(cut(write(4_000, "book", 1), 50), cut(write(4_000, "book", 2), 50), 80, 0)
-    book, same = cut(write(1_500, "book", 1), 100), cut(write(1_500, "book", 2), 100)
-    other = measure_auc(book, cut(write(1_500, "other", 2), 100), 15, 0)
-    shouted = measure_auc(book, [text.upper() for text in same], 15, 0)
-    assert equal["low"] <= 0.5 <= equal["high"]
-    assert abs(equal["value"] - 0.5) < 0.15
-    assert other["value"] > 0.9
-    assert (shouted["value"], shouted["low"], shouted["high"]) == (1, 1, 1)
-
-
 def test_intervals_contain_the_value_and_shrink_with_more_text():
     profile, widths = build_word_profile(BOOK, CONTROL), []
     for n_texts in (10, 40):
         texts = cut(write(40 * n_texts, "other", 2), 40)
-        auc = measure_auc(cut(write(40 * n_texts, "book", 1), 40), texts, n_texts, 0)
-        found = {"auc": auc} | measure_delta(split_all(texts), profile, 10**6, 0)
-        for figures in found.values():
-            assert figures["low"] < figures["value"] < figures["high"]
-        widths.append([figures["high"] - figures["low"] for figures in found.values()])
+        found = measure_delta(split_all(texts), profile, 10**6, 0)
+        figures = [estimate.interval(0) for estimate in found.values()]
+        assert all(figure["low"] < figure["value"] < figure["high"] for figure in figures)
+        widths.append([figure["high"] - figure["low"] for figure in figures])
     for few, many in zip(*widths, strict=True):
         assert many < 0.75 * few
-
-
-def test_resampling_draws_with_replacement():
-    drawn = resample(10, seed=1)
-    assert drawn.shape == (bootstrap.ROUNDS, 10)
-    assert (drawn.sum(axis=1) == 10).all()
-    assert (drawn == 0).any(axis=1).mean() > 0.99  # 10! / 10^10 is the chance of all ten
-    assert drawn.mean(axis=0) == pytest.approx(np.ones(10), abs=4 * math.sqrt(0.9 / bootstrap.ROUNDS))
-    assert (drawn == resample(10, seed=1)).all()
-    assert (drawn != resample(10, seed=2)).any()
-    assert set(resample(10, seed=1, size=3).sum(axis=1)) == {3}
-
-
-def test_interval_by_hand():
-    values = np.random.default_rng(0).permutation(np.arange(2_001) / 2_000)
-    assert interval(values) == pytest.approx([0.025, 0.975])
-    assert interval(values**2) == pytest.approx([0.025**2, 0.975**2])
-    assert interval(values, estimate=3.5) == pytest.approx([3.025, 3.975])  # the mean, 0.5, moves to 3.5
 
 
 def test_words_are_split():
@@ -314,6 +223,44 @@ def test_words_are_split():
 
 def test_words_in_italics_are_words():
     assert split_words("He was _so_ tired, _very tired_.") == ["he", "was", "so", "tired", "very", "tired"]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected", "n_sentences"),
+    [
+        ("de\u0301ja\u0300 vu.", "d\u00e9j\u00e0 vu", 1),
+        ("नमस्ते दुनिया।", "नमस्ते दुनिया", 1),
+        ("שָׁלוֹם عَرَبِي؟", "שָׁלוֹם عَرَبِي", 1),
+        ("我来了。你好！", "我 来 了 你 好", 2),
+        ("かなカ abc漢x", "か な カ abc 漢 x", 0),
+        ("สวัสดี", "ส วั ส ดี", 0),
+        ("5किलो दूध।", "दूध", 1),
+        ("می\u200cروم क्\u200dया", "می\u200cروم क्\u200dया", 0),
+        ("スーーabc｡", "ス ー ー abc", 1),
+        ("ພາສາ", "ພ າ ສ າ", 0),
+        ("ភាសា។ ပါ။", "ភា សា ပါ", 2),
+        ("اردو۔ Այո։", "اردو այո", 2),
+    ],
+    ids=["decomposed", "Devanagari", "Hebrew and Arabic", "Chinese", "Japanese", "Thai", "after a digit", "joiners",
+         "long vowels", "Lao", "Khmer and Myanmar", "Urdu and Armenian"],
+)  # fmt: skip
+def test_words_of_other_scripts(text, expected, n_sentences):
+    """A word keeps its marks; in scripts without spaces, each letter counts."""
+    words = unicodedata.normalize("NFC", expected).split()
+    assert split_words(text) == words
+    assert measure_lengths(text)["sentence_words"] == (len(words) / n_sentences if n_sentences else None)
+
+
+def test_unknown_words_by_hand():
+    texts = [["a", "b", "b"], ["c"], ["a", "a", "a", "d"]] * 5
+    found = measure_unknown(texts, {"a", "d"}, 0)
+    assert found.value == 3 / 8
+    assert measure_unknown(texts, set("abcd"), 0).interval() == {"value": 0, "low": 0, "high": 0}
+    # The standard error of a ratio of sums, from unknown - 3 / 8 * words of each text, times Student's t of 15 texts
+    error = math.sqrt(5 * ((2 - 9 / 8) ** 2 + (1 - 3 / 8) ** 2 + (12 / 8) ** 2)) / 40 * math.sqrt(15 / 14)
+    assert found.interval()["high"] - found.interval()["low"] == pytest.approx(2 * 2.1448 * error, rel=0.1)
+    halves = [["a", "b"] * n for n in range(1, 20)]  # long or short, half the words of each are unknown
+    assert measure_unknown(halves, {"a"}, 0).interval() == {"value": 0.5, "low": 0.5, "high": 0.5}
 
 
 def test_lengths_by_hand():

@@ -1,31 +1,41 @@
 """Style: the distance of texts from a book in words, sentences and characters; measures on plain text."""
 
-import re
+import unicodedata
 from collections import Counter
+from collections.abc import Set
 from dataclasses import dataclass
 
 import numpy as np
-from sklearn.feature_extraction.text import CountVectorizer, TfidfVectorizer
-from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import StratifiedKFold, cross_val_predict
-from sklearn.pipeline import make_pipeline
+import regex
+from sklearn.feature_extraction.text import CountVectorizer
 
-from utils.evaluation.bootstrap import interval, resample
+from utils.evaluation.bootstrap import Estimate, center, resample
 
-WORD = re.compile(r"(?<![^\W_])[^\W\d_]+(?:['\u2019][^\W\d_]+)*")
-SENTENCE_END = re.compile(r"[.!?\u2026]+(?=[\"'\u201d\u2019)\]]*(?:\s|$))")
-PARAGRAPH_END = re.compile(r"\n(?:[^\S\n]*\n)+")
+# Scripts without spaces between words: each letter with its marks counts as a word.
+SCRIPTS = ("Han", "Hiragana", "Katakana", "Thai", "Lao", "Khmer", "Myanmar")
+UNSPACED = "[" + "".join(rf"\p{{Script={name}}}" for name in SCRIPTS) + r"\u30fc]"  # the long vowel of both kana
+SPACED = rf"[\p{{L}}--{UNSPACED}]"
+MARKS = r"[\p{M}\u200c\u200d]*"  # the joiners of Persian and Hindi stand within words
+WORD = regex.compile(
+    rf"[\p{{L}}&&{UNSPACED}]{MARKS}|"
+    rf"(?<![{SPACED}\p{{N}}]{MARKS})(?:{SPACED}{MARKS})+(?:['\u2019](?:{SPACED}{MARKS})+)*",
+    regex.VERSION1,
+)
+# STerm: the full stops, question and exclamation marks of all scripts. No white space follows those of Chinese.
+SENTENCE_END = regex.compile(r"[\p{STerm}\u2026]+(?=[\"'\u201d\u2019)\]]*(?:\s|$))|[\u3002\uff01\uff1f\uff61]+")
+PARAGRAPH_END = regex.compile(r"\n(?:[^\S\n]*\n)+")
 # With fewer words, even the rates of the most frequent ones are mostly chance.
 MIN_WORDS = 1500
 N_FREQUENT = 150  # words that Delta counts
 WINDOW_WORDS = 500  # the book's own variation is measured between windows of this length
 N_SHOWN = 15
-SELECTIONS, FOLDINGS = 200, 5
+SELECTIONS = 200
 
 
 def split_words(text: str) -> list[str]:
-    """Return the words of a text in lower case: "O'Neill, 14th" -> ["o'neill"]."""
-    return [word.lower().replace("\u2019", "'") for word in WORD.findall(text)]
+    """Return the words of a text in lower case: "O'Neill, 14th" -> ["o'neill"]; of Chinese and the like, letters."""
+    words = WORD.findall(unicodedata.normalize("NFC", text))
+    return [word.lower().replace("\u2019", "'") for word in words]
 
 
 @dataclass(frozen=True)
@@ -79,8 +89,8 @@ def cosine_delta(rates: np.ndarray, profile: WordProfile) -> np.ndarray:
     return 1 - (text @ book) / np.maximum(lengths, 1e-12)
 
 
-def measure_delta(texts: list[list[str]], profile: WordProfile, n_words: int, seed: int) -> dict[str, dict]:
-    """Measure delta and, with an origin, cosine_delta between texts (lists of words) and the book: {value, low, high}.
+def measure_delta(texts: list[list[str]], profile: WordProfile, n_words: int, seed: int) -> dict[str, Estimate]:
+    """Measure delta and, with an origin, cosine_delta between texts (lists of words) and the book.
 
     Delta falls as a text grows, so only equal amounts are comparable: the value is the mean over SELECTIONS selections
     of about n_words words.
@@ -91,41 +101,19 @@ def measure_delta(texts: list[list[str]], profile: WordProfile, n_words: int, se
     drawn = resample(len(texts), seed, size)
     rates, redrawn = ((rows @ counts) / np.maximum(rows @ lengths, 1)[:, None] for rows in (chosen, drawn))
     measures = {"delta": burrows_delta} | ({} if profile.origin is None else {"cosine_delta": cosine_delta})
-    result = {}
-    for name, measure in measures.items():
-        value = float(measure(rates, profile).mean())
-        low, high = interval(measure(redrawn, profile), value)
-        result[name] = {"value": value, "low": max(low, 0.0), "high": high}
-    return result
+    # Draws vary as one selection does, their mean over all texts varies less.
+    spread = np.sqrt(size / len(texts))
+    return {
+        name: center(measure(rates, profile).mean(), spread * measure(redrawn, profile), len(texts))
+        for name, measure in measures.items()
+    }
 
 
-def measure_auc(book: list[str], texts: list[str], n_texts: int, seed: int) -> dict[str, float]:
-    """Measure how well a classifier on character n-grams tells texts from the book: 0.5 not at all, 1.0 always.
-
-    More texts make a better classifier, so only equal numbers are comparable: the value is the mean over FOLDINGS
-    selections of n_texts texts, each with its own 5-fold cross-validation.
-
-    Args:
-        book: windows of training text, as long as the texts.
-    Returns:
-        value, low, high.
-    """
-    grams = TfidfVectorizer(analyzer="char", ngram_range=(1, 4), lowercase=False, sublinear_tf=True)
-    classifier = make_pipeline(grams, LogisticRegression(C=10, max_iter=1000))
-    is_book, values, redrawn = np.array([True] * len(book) + [False] * n_texts), [], []
-    for number in range(seed, seed + FOLDINGS):
-        chosen = np.random.default_rng(number).permutation(len(texts))[:n_texts]
-        folds = StratifiedKFold(5, shuffle=True, random_state=number % 2**32)
-        both = book + [texts[i] for i in chosen]
-        scores = cross_val_predict(classifier, both, is_book, cv=folds, method="decision_function")
-        wins = scores[is_book][:, None] - scores[~is_book][None, :]
-        wins = (wins > 0) + 0.5 * (wins == 0)  # AUC is the share of pairs in the right order
-        values.append(wins.mean())
-        drawn = resample(len(book), number), resample(n_texts, number + 1)
-        redrawn.append(((drawn[0] @ wins) * drawn[1]).sum(axis=1) / wins.size - wins.mean())
-    value = float(np.mean(values))
-    low, high = interval(np.concatenate(redrawn), value)
-    return {"value": value, "low": max(low, 0.0), "high": min(high, 1.0)}
+def measure_unknown(texts: list[list[str]], known: Set[str], seed: int) -> Estimate:
+    """Measure the share of the words of texts that are not among the known ones."""
+    counts = np.array([[sum(word not in known for word in text), len(text)] for text in texts])
+    unknown, total = (resample(len(texts), seed) @ counts).T
+    return center(counts[:, 0].sum() / counts[:, 1].sum(), unknown / np.maximum(total, 1), len(texts))
 
 
 def measure_lengths(text: str) -> dict[str, float | None]:
