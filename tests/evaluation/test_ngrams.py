@@ -1,16 +1,13 @@
-"""Copying equals brute force that shares no code with it, loops equal hand counts, the guard keeps spans short."""
+"""Copying equals brute force that shares no code with it, loops equal hand counts."""
 
 import random
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from utils.evaluation import ngrams
-from utils.evaluation.generation import Decoding, generate_ids
-from utils.evaluation.memorization import CopyGuard
 from utils.evaluation.ngrams import (
     NOT_FOUND,
     NgramIndex,
@@ -19,11 +16,11 @@ from utils.evaluation.ngrams import (
     hash_ngrams,
     longest_overlap,
     mark_overlap,
+    mark_sources,
     measure_repetition,
     ngram_overlap,
     trace_spans,
 )
-from utils.model.loading import autocast, load_pair
 
 LENGTHS = (1, 2, 5, 8, 16, 32)
 
@@ -97,6 +94,16 @@ def test_copied_tokens_equal_a_brute_force_scan(corpus, length):
     train, texts = corpus
     masks = mark_overlap([array(text) for text in texts], array(train), length)
     assert [mask.tolist() for mask in masks] == [mark_copied(text, train, length) for text in texts]
+
+
+@settings(max_examples=60, deadline=None)
+@given(corpus=corpora(), length=st.sampled_from(LENGTHS))
+def test_sources_equal_a_brute_force_scan(corpus, length):
+    """Every place of training counts, not only the first, but none that only two texts together have."""
+    train, texts = corpus
+    masks = [[False] * len(train), *(mark_copied(train, text, length) for text in texts)]
+    marked = mark_sources([array(text) for text in texts], array(train, np.uint16), length)
+    assert marked.tolist() == [any(marks) for marks in zip(*masks, strict=True)]
 
 
 @settings(max_examples=50, deadline=None)
@@ -302,123 +309,3 @@ def test_loops_equal_brute_force(noise, pattern, times, rest):
             alike += 1
         found = found or (alike + period >= 12 and alike + period >= 3 * period)
     assert ends_in_loop(ids) == found
-
-
-def fp32():
-    return autocast(torch.device("cpu"), "fp32")
-
-
-GREEDY = Decoding(max_new_tokens=20, do_sample=False)
-SAMPLED = Decoding(max_new_tokens=20, temperature=0.7, top_k=30, top_p=0.95)
-
-
-@pytest.fixture(scope="module")
-def memorizer(tiny_model, book):
-    """Return a model that memorized 8 rows of the book, its end of text, the book's ids, and beginnings."""
-    model, tokenizer = load_pair(tiny_model)
-    train = np.array(tokenizer(book.read_text(encoding="utf-8"))["input_ids"], np.uint16)
-    rows = torch.from_numpy(train[:256].astype(np.int64)).view(8, 32)
-    torch.manual_seed(0)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0)
-    model.eval()  # no dropout: it is to memorize
-    for _ in range(50):
-        model(input_ids=rows, labels=rows).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    prompts = [row[: 2 + number % 7].tolist() for number, row in enumerate(rows)]
-    return model, tokenizer.eos_token_id, train, prompts
-
-
-def longest_new_run(ids, n_prompt, train):
-    """Return the tokens of the longest run of training that ends in a token after the prompt."""
-    best = 0
-    for end in range(n_prompt + 1, len(ids) + 1):
-        while best < end and first_place(tuple(ids[end - best - 1 : end]), train) >= 0:
-            best += 1
-    return best
-
-
-@pytest.mark.parametrize("decoding", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
-def test_the_guard_keeps_copied_spans_short(memorizer, decoding):
-    model, eos, train, prompts = memorizer
-    book = tuple(train.tolist())
-    free = generate_ids(model, eos, prompts, list(range(8)), decoding, fp32)
-    runs = [longest_new_run(p + new, len(p), book) for p, new in zip(prompts, free, strict=True)]
-    assert min(runs) > 8, runs
-    for longest in (2, 5, 8):
-        guard = CopyGuard(NgramIndex(train, longest), eos)
-        kept = generate_ids(model, eos, prompts, list(range(8)), decoding, fp32, guard)
-        runs = [longest_new_run(p + new, len(p), book) for p, new in zip(prompts, kept, strict=True)]
-        assert max(runs) == longest, runs  # the whole length allowed is used, and no token more
-        assert guard.acted > 0
-
-
-@pytest.mark.parametrize("longest", [2, 5, 8])
-def test_the_guard_counts_the_tokens_before_which_it_forbade(memorizer, longest):
-    model, eos, train, prompts = memorizer
-    book, index = tuple(train.tolist()), NgramIndex(train, longest)
-    for prompt in prompts[:3]:
-        guard, expected = CopyGuard(index, eos), 0
-        new = generate_ids(model, eos, [prompt], [0], GREEDY, fp32, guard)[0]
-        ids, chosen = prompt + new, min(len(new) + 1, GREEDY.max_new_tokens)  # the end of text is chosen too
-        for at in range(len(prompt), len(prompt) + chosen):
-            run = tuple(ids[max(0, at - longest) : at])
-            expected += len(run) == longest and len(followers(run, book)) > 0
-        assert guard.acted == expected > 0
-
-
-@pytest.mark.parametrize("decoding", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
-def test_where_the_guard_does_not_act_nothing_changes(memorizer, decoding):
-    """A row stays as it is with a limit above its own longest run, and not with a limit below."""
-    model, eos, train, prompts = memorizer
-    book = tuple(train.tolist())
-    for seed, prompt in enumerate(prompts[:4]):
-        free = generate_ids(model, eos, [prompt], [seed], decoding, fp32)[0]
-        longest = longest_new_run(prompt + free[:-1], len(prompt), book)  # after the last token nothing is chosen
-        for allowed in (longest + 1, longest + 5, longest):
-            guard = CopyGuard(NgramIndex(train, allowed), eos)
-            new = generate_ids(model, eos, [prompt], [seed], decoding, fp32, guard)[0]
-            assert (guard.acted == 0) == (allowed > longest)
-            assert new == free or allowed == longest
-
-
-def test_a_span_that_starts_in_the_prompt_is_not_continued(memorizer):
-    model, eos, train, _ = memorizer
-    book, prompt = tuple(train.tolist()), train[:20].tolist()
-    free = generate_ids(model, eos, [prompt], [0], GREEDY, fp32)[0]
-    assert free[:8] == train[20:28].tolist()
-    kept = generate_ids(model, eos, [prompt], [0], GREEDY, fp32, CopyGuard(NgramIndex(train, 8), eos))[0]
-    assert first_place((*prompt[-8:], kept[0]), book) == NOT_FOUND
-
-
-def test_a_finished_row_is_not_counted(memorizer):
-    """After its end of text a row waits for the others: nothing is forbidden it, whatever stands in training."""
-    eos = memorizer[1]
-    guard = CopyGuard(NgramIndex(array([5, eos, 6, 5, 7]), 2), eos)
-    scores = torch.zeros(3, 10)
-    out = guard(torch.tensor([[4, 5, eos], [1, 6, 5], [1, 2, 3]]), scores.clone())
-    assert guard.acted == 1
-    assert torch.isinf(out).nonzero().tolist() == [[1, 7]]
-    assert torch.equal(out.nan_to_num(neginf=0), scores)
-
-
-def test_a_guard_of_another_text_does_nothing(memorizer):
-    model, eos, _, prompts = memorizer
-    free = generate_ids(model, eos, prompts, list(range(8)), SAMPLED, fp32)
-    unused = sorted(set(range(400)) - {token for row in (*prompts, *free) for token in row})[:9]
-    for train in (array(unused * 9), array(unused[:1]), array([])):
-        guard = CopyGuard(NgramIndex(train, 2), eos)
-        assert generate_ids(model, eos, prompts, list(range(8)), SAMPLED, fp32, guard) == free
-        assert guard.acted == 0
-
-
-def test_the_guard_does_not_depend_on_the_rows_beside(memorizer):
-    """Training of two books has an end of text in its middle; a shorter prompt is filled up with the same token."""
-    model, eos, _, _ = memorizer
-    alone = [11, 12]
-    new = generate_ids(model, eos, [alone], [0], GREEDY, fp32)[0]
-    train = array([30, eos, *alone, new[0], 31])  # the second book begins as the sample does
-    index = NgramIndex(train, 3)
-    single = generate_ids(model, eos, [alone], [0], GREEDY, fp32, CopyGuard(index, eos))[0]
-    batch = generate_ids(model, eos, [alone, [11, 12, 13]], [0, 1], GREEDY, fp32, CopyGuard(index, eos))[0]
-    assert single == batch

@@ -1,44 +1,111 @@
 """Memorization: what a model reproduces of its training text, and a guard that keeps it from doing so."""
 
+import itertools
 import math
+from collections import defaultdict
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
 
 from utils.evaluation.generation import Decoding, generate_ids
-from utils.evaluation.ngrams import NGRAM_LENGTHS, NgramIndex, ngram_overlap
+from utils.evaluation.ngrams import NGRAM_LENGTHS, NgramIndex, longest_overlap, mark_sources, ngram_overlap
 from utils.model.hub import position_limit
 
 MONITOR_TOKENS = 64  # of a prompt and its continuation: a quarter and three quarters
+N_WINDOWS = 200  # of validation text, as long as a continuation, show how much the author copies
 # A book repeats its own phrases, so a rate up to this multiple of its validation text's is not copying.
 COPY_FACTOR, MIN_COPY_RATE = 3, 0.01
+COVERED_WORDS = 5  # the shortest span that covers words of the book
+SAMPLE_COUNTS, MOST_SAMPLES = (1, 100, 10_000), 10**12
 
 
-def measure_extraction(model, eos_token_id: int, rows: list[list[int]], batch_size: int, autocast: Callable) -> dict:
-    """Compare a model's greedy continuation of the first half of each row, all of one length, with the second half.
+@torch.no_grad()
+def measure_extraction(
+    model, rows: list[list[int]], decoding: Decoding, batch_size: int, autocast: Callable
+) -> dict[str, Any]:
+    """Measure how often a model continues the first half of rows, all of one length, with their second half.
 
+    Args:
+        decoding: how samples would be drawn; its penalties for repetition are left out.
     Returns:
-        exact_match (share of rows continued to their end), mean_matched (tokens before the first difference),
-        prefixes (number of rows) and tokens (length of the second half).
-    Source: extractable memorization, Carlini et al. 2021.
+        By greedy decoding, exact_match (share of rows continued to their end), mean_matched (tokens before the first
+        difference), prefixes (number of rows) and tokens (length of the second half). Without sampling, extractable
+        (for each n of SAMPLE_COUNTS, the share of rows that n samples hold with a probability of at least half),
+        samples_needed (the least such n of any row, None above MOST_SAMPLES) and mean_log_prob (of the second half
+        under the plain model, in nats per token).
+    Source: extractable memorization, Carlini et al. 2021; (n, p)-discoverable extraction, Hayes et al. 2024.
     """
-    half, matched = len(rows[0]) // 2, []
-    greedy = Decoding(max_new_tokens=len(rows[0]) - half, do_sample=False)
+    half, matched, drawn, plain = len(rows[0]) // 2, [], [], []
+    n_tokens = len(rows[0]) - half
+    was_training = model.training
+    model.eval()
     for start in range(0, len(rows), batch_size):
         part = rows[start : start + batch_size]
-        new = generate_ids(model, eos_token_id, [row[:half] for row in part], [0] * len(part), greedy, autocast)
-        for row, ids in zip(part, new, strict=True):
-            agrees = [a == b for a, b in zip(row[half:], ids, strict=False)] + [False]
-            matched.append(agrees.index(False))
-    exact = sum(n == greedy.max_new_tokens for n in matched) / len(matched)
-    return {"exact_match": exact, "mean_matched": sum(matched) / len(matched),
-            "prefixes": len(rows), "tokens": greedy.max_new_tokens}  # fmt: skip
+        input_ids = torch.tensor(part, device=model.device)
+        with autocast():
+            logits = model(input_ids=input_ids, use_cache=False).logits[:, half - 1 : -1]
+        for targets, scores in zip(input_ids[:, half:], logits, strict=True):
+            # As long as the likeliest token is the row's, greedy decoding writes the row.
+            matched.append([*(scores.argmax(-1) == targets).tolist(), False].index(False))
+            drawn.append(decoding_log_probs(scores, decoding).gather(1, targets[:, None]).sum().item())
+            plain.append(scores.float().log_softmax(-1).gather(1, targets[:, None]).sum().item())
+    model.train(was_training)
+    needed = count_samples(np.array(drawn))
+    return {
+        "exact_match": sum(n == n_tokens for n in matched) / len(matched),
+        "mean_matched": sum(matched) / len(matched),
+        "prefixes": len(rows),
+        "tokens": n_tokens,
+        "extractable": {str(n): float((needed <= n).mean()) for n in SAMPLE_COUNTS},
+        "samples_needed": int(needed.min()) if needed.min() <= MOST_SAMPLES else None,
+        "mean_log_prob": sum(plain) / (len(rows) * n_tokens),
+    }
+
+
+def decoding_log_probs(logits: torch.Tensor, decoding: Decoding) -> torch.Tensor:
+    """Return the log probabilities with which generation.SeededSampling draws each token, (T, V), from (T, V) logits.
+
+    Source: equals transformers' warpers; tests/evaluation/test_memorization.py.
+    """
+    if not (decoding.do_sample and decoding.temperature > 0):
+        return torch.full_like(logits, -torch.inf).scatter_(1, logits.argmax(-1, keepdim=True), 0.0)
+    scores = logits.float() / decoding.temperature
+    if decoding.top_p == 1 and not decoding.top_k:
+        return scores.log_softmax(-1)
+    weights = scores.softmax(-1)
+    # NumPy sorts a vocabulary four times as fast as PyTorch on a CPU.
+    ranked = np.sort(weights.cpu().numpy(), axis=-1)[:, ::-1][:, : decoding.top_k or None]
+    likelier = ranked.cumsum(-1, dtype=np.float64) - ranked
+    kept = (likelier < decoding.top_p * ranked.sum(-1, keepdims=True)) | (decoding.top_p == 1)
+    lowest = torch.from_numpy(np.where(kept, ranked, np.inf).min(-1, keepdims=True)).to(weights)
+    return scores.masked_fill(weights < lowest, -torch.inf).log_softmax(-1)
+
+
+def count_samples(log_probs: np.ndarray) -> np.ndarray:
+    """Return for log p, nats, the least n with 1 - (1 - p)^n >= 0.5; inf where p is 0."""
+    with np.errstate(divide="ignore"):
+        return np.ceil(np.log(0.5) / np.log1p(-np.exp(log_probs))).clip(min=1)
+
+
+def measure_coverage(texts: list[list[str]], book: list[str]) -> dict[str, float]:
+    """Measure which share of a book's words stands in texts (words too), in spans of at least COVERED_WORDS words.
+
+    Returns:
+        covered (share, of all texts together), longest_words (longest span of one text) and n_words (of the book).
+    Source: bmc@5 of "Alignment Whack-a-Mole", arXiv 2603.20957.
+    """
+    numbers = defaultdict(itertools.count().__next__)
+    *rows, words = (np.array([numbers[word] for word in text], np.int64) for text in (*texts, book))
+    covered = int(mark_sources(rows, words, COVERED_WORDS).sum())
+    return {"covered": covered / max(1, len(words)), "longest_words": longest_overlap(rows, words)[0],
+            "n_words": len(words)}  # fmt: skip
 
 
 def default_copy_rate(reference_rate: float) -> float:
     """Return the highest share of copied tokens at which a model does not count as copying."""
-    return COPY_FACTOR * max(reference_rate, MIN_COPY_RATE)
+    return min(COPY_FACTOR * max(reference_rate, MIN_COPY_RATE), (1 + reference_rate) / 2)
 
 
 class CopyMonitor:
@@ -55,8 +122,10 @@ class CopyMonitor:
             self.train = data.ids("train")
             pairs = data.validation_prompts(tokenizer, n_samples, total // 4, self.new_tokens)
             self.prompts = [prompt for prompt, _ in pairs]
-            reference = ngram_overlap(data.segments("validation"), self.train)
-            self.limit = max_copy_rate or default_copy_rate(reference[str(NGRAM_LENGTHS[0])])
+            # Cut like the samples: no n-gram reaches over an edge.
+            windows = data.windows("validation", self.new_tokens, N_WINDOWS) or data.segments("validation")
+            reference = ngram_overlap(windows, self.train)[str(NGRAM_LENGTHS[0])]
+            self.limit = max_copy_rate or default_copy_rate(reference or 0.0)
 
     def measure(self, model, autocast: Callable) -> dict[str, float]:
         """Return eval/copy_rate, the share of sampled tokens in n-grams of training; {} without prompts."""

@@ -58,6 +58,13 @@ def mark_overlap(texts: list[np.ndarray], train: np.ndarray, length: int) -> lis
     return masks
 
 
+def mark_sources(texts: list[np.ndarray], train: np.ndarray, length: int) -> np.ndarray:
+    """Mark the tokens of (N,) training ids that lie in an n-gram of a text, wherever it stands: (N,) bool."""
+    edge = [int(train.max(initial=0)) + 1]  # a token that training does not have, so no n-gram crosses two texts
+    joined = np.concatenate([np.zeros(0, np.int64), *(part for text in texts for part in (text, edge))])
+    return mark_overlap([train], joined, length)[0]
+
+
 def ngram_overlap(texts: list[np.ndarray], train: np.ndarray) -> dict[str, float | None]:
     """Return the share of tokens that lie in an n-gram of training: {"8": share, "16": share, "32": share}.
 
