@@ -19,8 +19,7 @@ from utils.errors import UserError, warn
 
 PROMPT_TOKENS = 32  # of a prompt from validation text
 MAX_ROUNDS = 20  # samples per prompt that are drawn to have enough words to measure
-# One in the sample book's setting, one in its style, and the empty prompt.
-DEFAULT_PROMPTS = ["The old house", "Thursday, 14th November 1872.\n\nWind", ""]
+DEFAULT_PROMPTS = ["The old house", ""]
 CONTROL = Path("results/data/control.txt")
 
 
@@ -39,18 +38,25 @@ def parse_args(argv=None):
     add("--base-model", help="hub name or folder (default: the model that the fine-tuning started from)")
     add("--data-dir", type=Path, help="prepared folder with the validation text (default: the fine-tuning's)")
     add("--control-path", type=Path, default=CONTROL, metavar="FILE", help="general text, to measure forgetting")
+    add(
+        "--reader-model",
+        metavar="NAME",
+        help="hub name or folder of the model that reads the texts (default: the base)",
+    )
+    add("--judge", type=Path, nargs="+", metavar="FILE",
+        help='texts from elsewhere to measure: .jsonl rows with "text", or text with lines of --- between')  # fmt: skip
     add("--measure", action=argparse.BooleanOptionalAction, default=True, help="--no-measure: samples only")
     add = parser.add_argument_group("prompts").add_argument
-    add("--prompt", action="append", help="prompt to continue; repeat the flag for more (default: three)")
+    add("--prompt", action="append", help="prompt to continue; repeat the flag for more (default: two)")
     add("--prompts-file", type=Path, metavar="FILE", help="text file with one prompt per line")
     add("--num-validation-prompts", type=number(int, 0, 1000), default=64,
         help="prompts from the validation text, shown with the author's continuation")  # fmt: skip
     add("--truncate", action="store_true", help="cut prompts that are too long at their left end")
     add = parser.add_argument_group("decoding, as in transformers' generate()").add_argument
     add("--max-new-tokens", type=number(int, 1, 1023), default=75, help="tokens per sample")
-    add("--temperature", type=temperature, default=1.0, help="below 1: likelier tokens; above 1: rarer ones; 0: greedy")
+    add("--temperature", type=temperature, default=0.9, help="below 1: likelier tokens; above 1: rarer ones; 0: greedy")
     add("--top-k", type=number(int, 0), default=0, help="sample from the k most likely tokens; 0 for all")
-    add("--top-p", type=number(float, 0, 1, above=True), default=0.9, help="sample from this much probability mass")
+    add("--top-p", type=number(float, 0, 1, above=True), default=1.0, help="sample from this much probability mass")
     add("--do-sample", action=argparse.BooleanOptionalAction, default=True, help="--no-do-sample: greedy decoding")
     add("--num-samples", type=number(int, 1, 10_000), default=1,
         help="samples per prompt and model; more are drawn if there are too few words to measure")  # fmt: skip
@@ -75,10 +81,13 @@ from utils.data.blocks import open_blocks
 from utils.data.text import read_book
 from utils.data.tokenizer import fingerprint_tokenizer
 from utils.evaluation import compare, stylometry
+from utils.evaluation.columns import build_columns, column_of_file
 from utils.evaluation.generation import Decoding, encode_prompt, generate_ids
 from utils.evaluation.memorization import CopyGuard
 from utils.evaluation.ngrams import NgramIndex
-from utils.evaluation.report import Report, render_terminal, write_report
+from utils.evaluation.reader import read_texts
+from utils.evaluation.render import render_terminal, write_report
+from utils.evaluation.report import Report
 from utils.evaluation.unseen import check_unseen
 from utils.evaluation.verdict import judge
 from utils.model.hub import hash_model, locate_model, position_limit
@@ -116,6 +125,8 @@ def load_models(folders, top_k):
     sizes = {name: len(tokenizer) for name, (_, tokenizer) in pairs.items()}
     if sizes["base"] != sizes["finetuned"]:
         raise UserError(f"base has {sizes['base']} tokens, tuned {sizes['finetuned']}; not the same family")
+    if len({fingerprint_tokenizer(tokenizer) for _, tokenizer in pairs.values()}) > 1:
+        raise UserError("base and tuned have different tokenizers; not the same family")
     if top_k > sizes["base"]:
         raise UserError(f"--top-k must be 0 to {sizes['base']}, not {top_k}")
     return {name: model for name, (model, _) in pairs.items()}, pairs["finetuned"][1]
@@ -190,15 +201,21 @@ def fit_prompt(ids, limit, new_tokens, truncate):
     return ids
 
 
+def collect_decoding(args):
+    """Return the decoding flags as a Decoding."""
+    return Decoding(**{entry.name: getattr(args, entry.name) for entry in fields(Decoding)})
+
+
 def draw_samples(args, models, tokenizer, prompts, guard, autocast):
     """Continue every prompt --num-samples times, and more often until there are enough words to measure.
 
     The seed of a sample depends on --seed, its prompt and its index only: both models use the same seeds.
     """
-    decoding = Decoding(**{entry.name: getattr(args, entry.name) for entry in fields(Decoding)})
+    decoding = collect_decoding(args)
+    is_random = decoding.do_sample and decoding.temperature > 0  # otherwise every round has the same texts
     needed = stylometry.MIN_WORDS if args.measure and any(prompt["next_ids"] for prompt in prompts) else 0
-    samples, n_words = [], dict.fromkeys(models, 0)
-    for index in range(max(args.num_samples, MAX_ROUNDS)):
+    samples, texts, n_words = [], set(), dict.fromkeys(models, 0)
+    for index in range(max(args.num_samples, MAX_ROUNDS) if is_random else 1):
         if index >= args.num_samples and min(n_words.values()) >= needed:
             break
         seeds = [(args.seed + index * len(prompts) + number) % 2**32 for number in range(len(prompts))]
@@ -209,7 +226,9 @@ def draw_samples(args, models, tokenizer, prompts, guard, autocast):
                 new = generate_ids(model, tokenizer.eos_token_id, ids, some, decoding, autocast, guard)
                 for prompt, seed, new_ids in zip(batch, some, new, strict=True):
                     text = tokenizer.decode(new_ids)
-                    n_words[name] += len(stylometry.split_words(text))
+                    if text not in texts:  # a copy would be measured once
+                        n_words[name] += len(stylometry.split_words(text))
+                    texts.add(text)
                     samples.append({"prompt": prompt["prompt"], "model": name, "sample_index": index, "seed": seed,
                                     "prompt_ids": prompt["prompt_ids"], "generated_ids": new_ids,
                                     "text": text})  # fmt: skip
@@ -217,19 +236,41 @@ def draw_samples(args, models, tokenizer, prompts, guard, autocast):
     return sorted(samples, key=lambda row: (row["model"], order[row["prompt"]], row["sample_index"]))
 
 
-def measure(args, models, tokenizer, data, control, limit, samples, recorded, autocast):
+def load_reader(args, models, tokenizer, device):
+    """Return the model that reads the texts, and its tokenizer: the base, unless --reader-model names another."""
+    if not args.reader_model:
+        return models["base"], tokenizer
+    model, own_tokenizer = load_pair(locate_model(args.reader_model, "reader model"))
+    use_fast_layers(model.to(device), device)
+    return model, own_tokenizer
+
+
+def open_judged(args, data, tokenizer):
+    """Return the texts of the --judge files as columns, by the files' names without their endings."""
+    paths = args.judge or []
+    if paths and not (data and args.measure):
+        raise UserError("--judge needs the training text, and measures; give --data-dir, leave out --no-measure")
+    stems = [path.stem for path in paths]
+    for stem in stems:
+        if stems.count(stem) > 1:
+            raise UserError(f"--judge: two files are called {stem}; rename one")
+    return {path.stem: column_of_file(path, tokenizer, args.max_new_tokens) for path in paths}
+
+
+def measure(args, models, tokenizer, data, control, limit, samples, judged, recorded, read, autocast):
     """Return the figures as fields of Report, and what is missing."""
     if not args.measure:
         return {}, ["everything (--no-measure)"]
-    with tqdm(unit="block", desc="scoring", delay=2, leave=False) as bar:
-        figures, missing = compare.measure_losses(
-            models, tokenizer, data, control, limit, args.seed, autocast, bar.update
-        )
+    figures, missing = compare.measure_losses(models, tokenizer, data, control, limit, args.seed, autocast)
     if not data:
         return figures, missing
     if len(data.validation):
-        figures["extraction"] = compare.extract_blocks(models, tokenizer, data, limit, args.batch_size, autocast)
-    texts, reasons = compare.compare_texts(samples, data, tokenizer, control, args.max_new_tokens, args.seed)
+        decoding = collect_decoding(args)
+        figures["extraction"] = compare.extract_blocks(models, data, limit, decoding, args.batch_size, autocast)
+    columns = build_columns(samples, data, tokenizer, args.max_new_tokens)
+    texts, reasons = compare.compare_texts(
+        columns, judged, data, tokenizer, control, args.max_new_tokens, read, args.seed
+    )
     quiz = compare.make_quiz(samples, data, tokenizer, args.seed)
     results = args.finetuned_model / "all_results.json"
     best_step = read_json(results).get("best_step") if results.is_file() else None
@@ -240,11 +281,14 @@ def measure(args, models, tokenizer, data, control, limit, samples, recorded, au
 
 
 def describe_settings(args, base_name, folders, data, dtype):
-    """Return everything that shapes the figures, with hashes of models, data and general text."""
+    """Return everything that shapes the figures, with hashes of models, data, general and judged texts."""
     settings = vars(args) | {"base_model": base_name, "data_dir": data.folder if data else None, "dtype": dtype}
     for name, folder in folders.items():
         settings[f"{name}_sha256"] = hash_model(folder)
     settings["data_sha256"] = hash_file(data.folder / "manifest.json") if data else None
+    settings["reader_model"] = args.reader_model or base_name
+    settings["judge"] = ", ".join(map(str, args.judge)) if args.judge else None
+    settings["judged_sha256"] = {path.stem: hash_file(path) for path in args.judge or []}
     settings["control_sha256"] = hash_file(args.control_path) if args.measure and args.control_path.is_file() else None
     return settings
 
@@ -263,12 +307,17 @@ def main(args):
             if data:
                 check_fit(model, data)
             use_fast_layers(model.to(device), device)
+        reader, reader_tokenizer = load_reader(args, models, tokenizer, device)
+        judged = open_judged(args, data, tokenizer)
         settings = describe_settings(args, base_name, folders, data, dtype)
 
         # Seeds: args.seed + number of the sample, the same for both models; bootstrap and quiz use args.seed too.
-        samples = draw_samples(args, models, tokenizer, prompts, guard, functools.partial(autocast, device, dtype))
-        scoring = functools.partial(autocast, device, "fp32")
-        figures, reasons = measure(args, models, tokenizer, data, control, limit, samples, recorded, scoring)
+        sampling, scoring = (functools.partial(autocast, device, name) for name in (dtype, "fp32"))
+        samples = draw_samples(args, models, tokenizer, prompts, guard, sampling)
+        read = functools.partial(read_texts, reader, reader_tokenizer, batch_size=args.batch_size, autocast=sampling)
+        figures, reasons = measure(
+            args, models, tokenizer, data, control, limit, samples, judged, recorded, read, scoring
+        )
         if guard:
             generated = sum(len(sample["generated_ids"]) for sample in samples)
             figures["max_copy"] = {"tokens": args.max_copy, "acted": guard.acted, "generated": generated}
@@ -278,6 +327,7 @@ def main(args):
         texts, sources = compare.arrange_texts(prompts, samples, data, tokenizer)
         report = judge(Report(settings=settings, books=data.manifest["books"] if data else [],
                               other_book=is_other_book, missing=missing + reasons, n_samples=len(samples),
+                              reader=settings["reader_model"], reader_is_base=settings["reader_model"] == base_name,
                               shown_ngram=compare.SHOWN_NGRAM, texts=texts, sources=sources, **figures))  # fmt: skip
         write_report(args.finetuned_model, lines, report)
     print_table("comparison", [entry for entry in settings.items() if not entry[0].endswith("_sha256")])

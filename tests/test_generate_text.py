@@ -11,7 +11,7 @@ from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWa
 
 from utils.evaluation import stylometry
 from utils.evaluation.generation import Decoding, SeededSampling, encode_prompt, generate_ids
-from utils.evaluation.report import quote
+from utils.evaluation.render import quote
 from utils.model.loading import autocast, load_pair
 from utils.storage import read_json
 
@@ -163,20 +163,20 @@ def test_samples_are_paired_and_complete(finetuned, script):
     rows = read_samples(finetuned)
     keys = {"prompt", "model", "sample_index", "seed", "prompt_ids", "generated_ids", "text"}
     assert all(set(row) == keys for row in rows)
-    assert len(rows) == 2 * 3 * 5  # models x samples x (three prompts and two validation prompts)
+    assert len(rows) == 2 * 3 * 4  # models x samples x (two prompts and two validation prompts)
     seeds = {
         name: [(row["prompt"], row["sample_index"], row["seed"]) for row in rows if row["model"] == name]
         for name in ("base", "finetuned")
     }
     assert seeds["base"] == seeds["finetuned"]
-    assert len({seed for _, _, seed in seeds["base"]}) == 15
+    assert len({seed for _, _, seed in seeds["base"]}) == 12
     page = (finetuned / "report.md").read_text()
     assert page.count("**author (reference)**") == 2
-    assert page.count("**base model**") == page.count("**fine-tuned model**") == 15
+    assert page.count("**base model**") == page.count("**fine-tuned model**") == 12
     assert "| max_new_tokens | 6 |" in page
     first = (finetuned / "samples.jsonl").read_bytes()
     report = read_json(finetuned / "report.json")
-    assert report["n_samples"] == 30
+    assert report["n_samples"] == 24
     assert report["settings"]["samples_sha256"] == hashlib.sha256(first).hexdigest()
     script("generate_text", "--finetuned-model", finetuned, *flags, "--batch-size", 2)
     assert (finetuned / "samples.jsonl").read_bytes() == first
@@ -193,13 +193,26 @@ def test_rounds_are_drawn_until_there_is_enough_to_measure(finetuned, script, tm
         key = row["model"], row["sample_index"]
         n_words[key] = n_words.get(key, 0) + len(stylometry.split_words(row["text"]))
     rounds = 1 + max(index for _, index in n_words)
-    assert len(rows) == 2 * rounds * 5
-    assert len({row["seed"] for row in rows}) == rounds * 5
+    assert len(rows) == 2 * rounds * 4
+    assert len({row["seed"] for row in rows}) == rounds * 4
     written = {name: [n_words[name, index] for index in range(rounds)] for name in ("base", "finetuned")}
     assert min(sum(words[:-1]) for words in written.values()) < 60 <= min(map(sum, written.values()))
     assert rounds > 1
     counted = read_json(finetuned / "report.json")["counts"]["words"]
     assert all(counted[name] >= 60 for name in written)
+
+
+@pytest.mark.parametrize("greedy", [["--no-do-sample"], ["--temperature", 0]])
+def test_greedy_decoding_draws_one_round_and_each_text_counts_once(finetuned, script, greedy):
+    """Every further round would have the same texts: 40 samples, 2 of them different, were measured as 40."""
+    flags = ["--max-new-tokens", 6, "--num-validation-prompts", 2, "--num-samples", 3, *greedy]
+    ran = script("generate_text", "--finetuned-model", finetuned, *flags)
+    assert ran.code == 0, ran.err
+    rows = read_samples(finetuned)
+    assert {row["sample_index"] for row in rows} == {0}
+    counts = read_json(finetuned / "report.json")["counts"]
+    texts = {row["text"] for row in rows if row["model"] == "finetuned" and row["text"].strip()}
+    assert counts["texts"]["finetuned"] == len(texts)
 
 
 def test_prompts_from_flags_and_file(finetuned, script, tmp_path):
@@ -237,7 +250,7 @@ def test_without_validation_text_there_are_samples(finetuned, script, tmp_path, 
     assert ran.code == 0, ran.err
     assert "not measured: style and copying: there is no prepared data; give --data-dir" in ran.out
     assert "unseen" not in ran.out
-    assert len(read_samples(alone)) == 2 * 3
+    assert len(read_samples(alone)) == 2 * 2
     made = {"samples.jsonl", "report.json", "report.html", "report.md"}
     assert {path.name for path in alone.iterdir()} - {path.name for path in finetuned.iterdir()} <= made
     assert made <= {path.name for path in alone.iterdir()}

@@ -4,22 +4,23 @@ import dataclasses
 import hashlib
 import json
 import math
+import re
 import shutil
 from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import MEASURED_FLAGS, replace
+from conftest import MEASURED_FLAGS
 from datasets import load_from_disk
 from scorer import independent_loss
 
 from utils.data.blocks import open_blocks
-from utils.evaluation import generation, stylometry
-from utils.evaluation.compare import compare_texts
+from utils.data.tokenizer import load_tokenizer, train_tokenizer
+from utils.evaluation import stylometry
+from utils.evaluation.columns import build_columns
+from utils.evaluation.compare import compare_texts, make_quiz
 from utils.evaluation.loss import measure_gain
-from utils.evaluation.memorization import CopyMonitor, default_copy_rate, measure_extraction
-from utils.evaluation.ngrams import ngram_overlap
 from utils.evaluation.stylometry import MIN_WORDS, split_words
 from utils.model.loading import autocast, load_pair
 from utils.training.checkpoint import TrainState
@@ -33,7 +34,7 @@ def fp32():
 
 
 def read(folder: Path):
-    rows = [json.loads(line) for line in (folder / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = [json.loads(line) for line in (folder / "samples.jsonl").open(encoding="utf-8")]
     return folder, json.loads((folder / "report.json").read_text(encoding="utf-8")), rows
 
 
@@ -75,18 +76,24 @@ def test_the_report_has_what_outsiders_were_promised(reported):
     folder, report, rows = reported
     assert report["style_gain"].keys() == {"value", "low", "high"}
     assert isinstance(report["forgetting_percent"], float)
-    for measure in ("delta", "cosine_delta", "auc"):
+    for measure in ("delta", "cosine_delta", "unknown_words"):
         assert report[measure].keys() == {"reference", "finetuned", "base"}
         for name, value in report[measure].items():
             low, high = report["intervals"][measure][name]
             assert low <= value <= high
     for name in ("reference", "finetuned", "base"):
         assert report["copy_rate"][name].keys() == {"8", "16", "32"}
+        assert report["reader_auc"][name].keys() == {"value", "low", "high"}
+        assert report["gap_closed"][name].keys() == {"value", "low", "high"}
+        assert report["parts"][name].keys() <= {"words", "spelling", "sense"}
+    assert report["gap_closed"]["base"]["value"] == 0
+    assert report["gap_closed"]["reference"]["value"] == 1
+    assert report["judged"] == {}
     assert report["longest_copy"]["finetuned"]["tokens"] > 0
     for name in MODELS:
         assert report["extraction"][name].keys() == {"train", "validation"}
     assert all(isinstance(sentence, str) for sentence in report["verdict"])
-    assert len(report["verdict"]) == 4
+    assert len(report["verdict"]) == 8
     assert report["missing"] == []
     for name in ("base_sha256", "finetuned_sha256", "data_sha256", "control_sha256", "seed", "temperature", "top_p"):
         assert report["settings"][name] is not None
@@ -112,7 +119,8 @@ def test_copying_from_samples_and_data_folder_alone(large, reported):
     validation = [token for row in token_rows(large / "blocks", "validation") for token in row]
     manifest = json.loads((large / "blocks/manifest.json").read_text())
     spans = [span["tokens"] for span in manifest["spans"] if span["split"] == "validation"]
-    texts["reference"] = [validation[start:end] for start, end in spans]
+    starts = [i for start, end in spans for i in range(start, min(end, len(validation)) - 29, 30)]
+    texts["reference"] = [validation[i : i + 30] for i in starts]  # cut as the samples are
     for name, ids in texts.items():
         for length in (8, 16, 32):
             assert report["copy_rate"][name][str(length)] == pytest.approx(brute_share(ids, train, length), abs=1e-12)
@@ -183,7 +191,8 @@ def test_base_against_itself_gains_nothing(large, tiny_model, script, tmp_path):
     _, report, _ = read(tmp_path / "copy")
     assert report["style_gain"]["low"] <= 0 <= report["style_gain"]["high"]
     assert report["style_gain"]["value"] == report["forgetting_percent"] == 0
-    assert report["delta"]["base"] == report["delta"]["finetuned"]
+    assert report["delta"]["base"] == pytest.approx(report["delta"]["finetuned"], rel=0.02)  # other selections of texts
+    assert report["flags"]["writes_like_the_book"] is not True
     assert report["flags"]["learned_the_book"] is False
     assert not (tmp_path / "copy" / "README.md").exists()  # not ours: no card is written there
 
@@ -223,6 +232,18 @@ def test_no_copied_span_is_longer_than_max_copy(large, script):
     assert f"--max-copy 5 restricted the choice of {report['max_copy']['acted']:,} of" in report["verdict"][-1]
 
 
+def test_a_base_of_another_family_is_refused(large, tiny_model, script, tmp_path):
+    """As many tokens, but other ones: the base would be scored on foreign ids."""
+    base = shutil.copytree(tiny_model, tmp_path / "base")
+    other = train_tokenizer(["Quite other words make quite another vocabulary, zebra by zebra. " * 50], 400)
+    while len(other) < 400:
+        other.add_tokens(f"extra{len(other)}")
+    other.save_pretrained(base)
+    assert len(load_tokenizer(base)) == len(load_tokenizer(large / "model"))
+    ran = script("generate_text", "--finetuned-model", large / "model", "--base-model", base, *MISSING)
+    assert (ran.code, "different tokenizers" in ran.err) == (2, True)
+
+
 def test_a_small_book_gets_the_report_that_is_possible(prepared, tiny_model, script, tmp_path):
     shutil.copytree(tiny_model, tmp_path / "tuned")
     flags = ["--finetuned-model", tmp_path / "tuned", "--base-model", prepared / "none", "--data-dir", prepared]
@@ -260,7 +281,7 @@ def test_without_data_or_measures_there_are_samples(tiny_model, script, tmp_path
     ran = script("generate_text", "--finetuned-model", tmp_path / "tuned", "--base-model", base, *MISSING, *flag)
     assert ran.code == 0, ran.err
     _, report, rows = read(tmp_path / "tuned")
-    assert len(rows) == 2 * 3
+    assert len(rows) == 2 * 2
     assert report["missing"]
     assert ("forgetting" in report) == (not flag)
     assert not {"delta", "copy_rate", "extraction"} & report.keys()
@@ -287,7 +308,7 @@ def test_max_copy_without_training_text_is_refused(tiny_model, script, tmp_path)
 
 
 def test_gain_by_hand():
-    nats = {"book": {"base": [4.0, 6.0], "finetuned": [3.0, 3.0], "bytes": 8.0},
+    nats = {"book": {"base": [4.0, 6.0] * 50, "finetuned": [3.0, 3.0] * 50, "bytes": 8.0},
             "control": {"base": [5.0, 5.0], "finetuned": [5.5, 5.5], "bytes": 4.0}}  # fmt: skip
     gains = measure_gain(nats, seed=0)
     per_bit = math.log(2)
@@ -296,36 +317,50 @@ def test_gain_by_hand():
     assert gains["style_gain"]["value"] == pytest.approx(4 / 16 / per_bit + 1 / 8 / per_bit)
     assert gains["forgetting"]["value"] == pytest.approx(10.0)
     assert gains["forgetting"]["low"] == pytest.approx(10.0)  # every block of the control lost the same
-    # Blocks are drawn whole, with both losses: the book's gain is 1 or 3 nats a block, and all between.
-    assert gains["book_gain"]["low"] == pytest.approx(1 / 8 / per_bit)
-    assert gains["book_gain"]["high"] == pytest.approx(3 / 8 / per_bit)
+    # Blocks are drawn whole, with both losses: a gain of 1 or 3 nats per block, so 2 with a standard error of 0.1.
+    margin = 1.984 * math.sqrt(1 / 99) / 8 / per_bit  # Student's t with 99 degrees of freedom
+    assert gains["book_gain"]["high"] - gains["book_gain"]["value"] == pytest.approx(margin, rel=0.1)
+    assert gains["book_gain"]["value"] - gains["book_gain"]["low"] == pytest.approx(margin, rel=0.1)
     assert measure_gain({}, 0) == {}
     assert measure_gain({"control": nats["control"]}, 0).keys() == {"control_gain", "forgetting"}
-
-
-def test_extraction_counts_what_is_continued(monkeypatch):
-    """A model that continues the first row whole, the second for two tokens, the third not at all."""
-    rows = [[1, 2, 3, 4, 5, 6], [1, 2, 3, 7, 8, 9], [1, 2, 3, 1, 1, 1]]
-    answers = {(1, 2, 3): iter([[4, 5, 6], [7, 8, 1], [2]])}
-    continue_rows = lambda model, eos, prompts, *_: [next(answers[tuple(p)]) for p in prompts]  # noqa: E731
-    replace(generation, "generate_ids", continue_rows, monkeypatch.setattr)
-    found = measure_extraction(None, 0, rows, 2, fp32)
-    assert found == {"exact_match": 1 / 3, "mean_matched": 5 / 3, "prefixes": 3, "tokens": 3}
 
 
 def test_the_quiz_has_its_key_inside(reported, large):
     _, report, rows = reported
     book = (large / "book.txt").read_text(encoding="utf-8")
     made = [row["text"] for row in rows if row["model"] == "finetuned"]
-    assert len(report["quiz"]) == 10
+    assert len(report["quiz"]) == len(report["quiz_pairs"]) == 10
     assert {True, False} == {item["is_real"] for item in report["quiz"]}
-    for item in report["quiz"]:
-        assert (item["text"] in book) == item["is_real"]
-        assert any(item["text"] in text for text in made) != item["is_real"]
-        assert item["text"] == item["text"].strip()
+    assert {0, 1} == {pair["author"] for pair in report["quiz_pairs"]}
+    shown = [(item["text"], item["is_real"]) for item in report["quiz"]]
+    shown += [(text, i == pair["author"]) for pair in report["quiz_pairs"] for i, text in enumerate(pair["texts"])]
+    assert len({text for text, _ in shown}) == 10 + 2 * 10
+    for text, is_real in shown:
+        assert (text in book) == is_real
+        assert any(text in other for other in made) != is_real
+        assert text == text.strip()
     low, high = report["quiz_intervals"][10]
     assert (low, high) == (pytest.approx(0.025 ** (1 / 10)), 1.0)  # Clopper and Pearson, ten of ten
     assert report["quiz_intervals"][5][0] == pytest.approx(0.1871, abs=1e-4)
+
+
+def test_a_quiz_of_few_texts_has_pairs_alone_or_is_none(large, reported):
+    """Texts that are shorter than the longest, or say nothing, would be given away by their form: they are left out."""
+    _, _, rows = reported
+    data, tokenizer = open_blocks(large / "blocks"), load_pair(large / "model")[1]
+    made = [row for row in rows if row["model"] == "finetuned" and len(row["generated_ids"]) == 30]
+    made = list({row["text"]: row for row in made}.values())
+    short = [row | {"generated_ids": [7] * 29, "text": f"a short one {i}"} for i, row in enumerate(made)]
+    blank = [row | {"text": "\n\n"} for row in made]
+    assert make_quiz(made[:9] + made[:9] + short + blank, data, tokenizer, 1) == {}
+    assert make_quiz([], data, tokenizer, 1) == {}
+    for count, singles in ((10, 0), (19, 0), (20, 10)):
+        quiz = make_quiz(made[:count] + short + blank, data, tokenizer, 1)
+        assert (len(quiz["quiz"]), len(quiz["quiz_pairs"])) == (singles, 10)
+        assert "short one" not in str(quiz)
+        assert all(text for pair in quiz["quiz_pairs"] for text in pair["texts"])
+    assert make_quiz(made[:20], data, tokenizer, 1) == make_quiz(made[:20], data, tokenizer, 1)
+    assert make_quiz(made[:20], data, tokenizer, 2) != make_quiz(made[:20], data, tokenizer, 1)
 
 
 def metrics(loss, copy_rate):
@@ -343,21 +378,6 @@ def test_the_best_model_may_not_copy():
     assert kept == [1, 2, 3, 5]  # step 1 only because nothing else was there
     assert state.best_step == 5
     assert state.evals_without_gain == 1  # early stopping counts what copied too much as no gain
-
-
-def test_the_monitor_measures_the_same_sample_every_time(large):
-    model, tokenizer = load_pair(large / "model")
-    data = open_blocks(large / "blocks")
-    monitor = CopyMonitor(data, model, tokenizer, n_samples=6, max_copy_rate=None, seed=1)
-    before = torch.get_rng_state()
-    first, again = monitor.measure(model, fp32), monitor.measure(model, fp32)
-    assert first == again
-    assert torch.equal(before, torch.get_rng_state())
-    segments = [data.ids("validation")[a:b] for a, b, _ in data.spans("validation")]
-    validation = ngram_overlap(segments, data.ids("train"))
-    assert monitor.limit == default_copy_rate(validation["8"]) == 3 * max(validation["8"], 0.01)
-    assert CopyMonitor(data, model, tokenizer, 0, 0.5, 1).measure(model, 0) == {}
-    assert CopyMonitor(data, model, tokenizer, 1, 0.5, 1).limit == 0.5
 
 
 def test_a_run_writes_its_copy_rate(large):
@@ -380,31 +400,31 @@ def test_a_run_that_copies_too_much_says_so(large, script, tmp_path):
 
 
 def test_a_few_blocks_have_a_loss_but_no_interval(book, tiny_model, script, tmp_path):
-    """A loss is a loss on three blocks too; a gain with an interval needs five."""
+    """A loss is a loss on three blocks too; a gain with an interval needs eight."""
     flags = ["--input-path", book, "--model-name", tiny_model, "--val-split", "0.05", "--block-size", 64]
     ran = script("prepare_data", *flags, "--output-dir", tmp_path / "blocks")
     blocks = len(token_rows(tmp_path / "blocks", "validation"))
-    assert 0 < blocks < 5, ran.err
+    assert 0 < blocks < 8, ran.err
     tuned, base = (shutil.copytree(tiny_model, tmp_path / name) for name in MODELS)
     flags = ["--finetuned-model", tuned, "--base-model", base, "--data-dir", tmp_path / "blocks"]
     assert script("generate_text", *flags, *MISSING).code == 0
     _, report, _ = read(tuned)
     assert report["scores"]["book"]["base"]["eval/loss"] > 0
     assert not {"book_gain", "style_gain"} & report.keys()
-    assert any(f"there are {blocks} blocks of it, 5 are needed" in reason for reason in report["missing"])
+    assert any(f"there are {blocks} blocks of it, 8 are needed" in reason for reason in report["missing"])
 
 
 def test_samples_longer_than_any_validation_segment_are_measured(large, reported):
-    """No window of the author's is as long: his column stays empty, the models' do not."""
+    """No window of the author's is as long: whole segments show how much he copies, his style is not compared."""
     _, _, rows = reported
     data, tokenizer = open_blocks(large / "blocks"), load_pair(large / "model")[1]
-    window_tokens = 1 + max(map(len, data.segments("validation")))
-    part, missing = compare_texts(rows, data, tokenizer, "", window_tokens, seed=1)
-    assert part["repetition"]["base"]["distinct_1"] > 0
-    assert part["repetition"]["reference"]["distinct_1"] is None
-    assert part["counts"]["texts"]["reference"] == 0
-    assert part["copy_rate"]["reference"]["8"] > 0  # of whole segments, not of windows
-    assert any("reference has 0" in reason for reason in missing)
+    length = 1 + max(map(len, data.segments("validation")))
+    columns = build_columns(rows, data, tokenizer, length)
+    assert [len(ids) for ids in columns["reference"].ids] == [len(ids) for ids in data.segments("validation")]
+    part, missing = compare_texts(columns, {}, data, tokenizer, "", length, None, seed=1)
+    assert part["copy_rate"]["reference"]["8"] > 0
+    assert "delta" not in part
+    assert any("reference has" in reason for reason in missing)
 
 
 def test_a_book_whose_words_never_vary_has_no_word_profile(large, reported, monkeypatch):
@@ -413,6 +433,71 @@ def test_a_book_whose_words_never_vary_has_no_word_profile(large, reported, monk
     data, tokenizer = open_blocks(large / "blocks"), load_pair(large / "model")[1]
     empty = dataclasses.replace(stylometry.build_word_profile("so it goes " * 500, None), words=[])
     monkeypatch.setattr(stylometry, "build_word_profile", lambda *_: empty)
-    part, missing = compare_texts(rows, data, tokenizer, "", 30, seed=1)
+    columns = build_columns(rows, data, tokenizer, 30)
+    part, missing = compare_texts(columns, {}, data, tokenizer, "", 30, lambda texts: [], seed=1)
     assert "delta" not in part
-    assert missing == ["Delta, AUC and the word table: no frequent word of the book varies in its rate"]
+    assert missing == ["words: no frequent word of the book varies in its rate"]
+
+
+def judge(script, large, *files):
+    ran = script("generate_text", "--finetuned-model", large / "model", *MEASURED_FLAGS, "--judge", *files)
+    assert ran.code == 0, ran.err
+    return read(large / "model")[1], ran
+
+
+def test_texts_from_elsewhere_are_measured_beside(large, reported, script, tmp_path, monkeypatch):
+    """Pages of the book, the base model's own samples and a short note: by the same yard, each a column."""
+    monkeypatch.setattr(stylometry, "MIN_WORDS", 1200)  # some of the samples, read again, are cut at their end
+    data, tokenizer = open_blocks(large / "blocks"), load_pair(large / "model")[1]
+    pages = tokenizer.batch_decode(data.windows("train", 30, 120))
+    (tmp_path / "pages.txt").write_text("\n---\n".join(pages), encoding="utf-8")
+    (tmp_path / "base.jsonl").write_text(
+        "".join(json.dumps({"text": row["text"], "prompt": row["prompt"]}) + "\n" for row in
+                reported[2] if row["model"] == "base"), encoding="utf-8")  # fmt: skip
+    (tmp_path / "note.txt").write_text("Ada went to the mill and slept. " * 8, encoding="utf-8")
+    report, ran = judge(script, large, *(tmp_path / name for name in ("pages.txt", "base.jsonl", "note.txt")))
+    judged = report["judged"]
+    assert report["missing"] == []
+    assert judged.keys() == {"pages", "base", "note"}
+    keys = {"n_texts", "n_words", "copy_rate", "unknown_words", "delta", "reader_auc", "gap_closed",
+            "writes_like_the_book", "copies"}  # fmt: skip
+    assert all(keys <= figures.keys() for figures in judged.values())
+    assert judged["pages"]["copy_rate"] > 0.9
+    assert judged["pages"]["writes_like_the_book"] is not True
+    for measure in ("delta", "reader_auc"):
+        value = report[measure]["base"] if measure == "delta" else report[measure]["base"]["value"]
+        assert judged["base"][measure]["value"] == pytest.approx(value, rel=0.05)
+    assert judged["base"]["gap_closed"]["value"] < 0.2
+    assert judged["base"]["writes_like_the_book"] is False
+    assert judged["note"]["delta"] is None
+    assert "1,200 words" in judged["note"]["missing"]
+    assert re.search(r"it has 5\d words in texts of \d sources", judged["note"]["missing"])
+    page = (large / "model/report.html").read_text(encoding="utf-8")
+    for name in judged:
+        assert f"<th>{name}</th>" in page
+        assert any(sentence.startswith(f"{name}: ") for sentence in report["verdict"])
+        assert name in ran.out
+
+
+def test_judging_needs_the_book_and_names_apart(large, tiny_model, script, tmp_path):
+    (tmp_path / "a").mkdir()
+    files = [tmp_path / "x.txt", tmp_path / "a" / "x.txt"]
+    for path in files:
+        path.write_text("Some text.")
+    flags = ["--finetuned-model", large / "model", *MISSING]
+    ran = script("generate_text", *flags, "--judge", *files)
+    assert (ran.code, "two files are called x" in ran.err) == (2, True)
+    ran = script("generate_text", *flags, "--no-measure", "--judge", files[0])
+    assert (ran.code, "--judge needs" in ran.err) == (2, True)
+    ran = script("generate_text", *flags, "--judge", tmp_path / "none.txt")
+    assert (ran.code, "none.txt" in ran.err) == (2, True)
+
+
+def test_another_reader_may_have_another_tokenizer(large, script, tmp_path):
+    base = Path(__file__).parents[2] / "results/base_model"
+    ran = script("generate_text", "--finetuned-model", large / "model", *MEASURED_FLAGS, "--reader-model", base)
+    assert ran.code == 0, ran.err
+    _, report, _ = read(large / "model")
+    assert report["reader"] == str(base)
+    assert report["reader_is_base"] is False
+    assert any(f"a reader ({base})" in sentence for sentence in report["verdict"])

@@ -81,11 +81,18 @@ class Blocks:
         ids = self.ids(split)
         return [ids[start:end] for start, end, _ in self.spans(split)]
 
-    def windows(self, split: str, length: int, count: int) -> list[np.ndarray]:
-        """Return up to `count` windows of `length` tokens, spread over the segments, without overlap."""
-        ids = self.ids(split)
+    def window_starts(self, split: str, length: int, count: int) -> list[int]:
+        """Return the positions in ids(split) of up to `count` windows of `length` tokens.
+
+        They are spread over the segments and do not overlap.
+        """
         starts = [start for a, b, _ in self.spans(split) for start in range(a, b - length + 1, length)]
-        return [ids[start : start + length] for start in pick_evenly(starts, count)]
+        return pick_evenly(starts, count)
+
+    def windows(self, split: str, length: int, count: int) -> list[np.ndarray]:
+        """Return the token ids of these windows."""
+        ids = self.ids(split)
+        return [ids[start : start + length] for start in self.window_starts(split, length, count)]
 
     def validation_prompts(self, tokenizer, count: int, n_prompt: int, n_reference: int) -> list[tuple[list, list]]:
         """Return up to `count` pairs of prompt and reference ids, spread over the validation segments.

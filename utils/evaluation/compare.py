@@ -9,53 +9,57 @@ from typing import Any
 
 import numpy as np
 from scipy.stats import binomtest
+from tqdm import tqdm
 
 from utils.data.blocks import Blocks, pick_evenly
 from utils.evaluation import ngrams, stylometry
-from utils.evaluation.loss import cut_blocks, measure_gain, score_blocks, summarize_loss
-from utils.evaluation.memorization import default_copy_rate, measure_extraction
+from utils.evaluation.columns import Column
+from utils.evaluation.generation import Decoding
+from utils.evaluation.loss import blocks_per_pass, cut_blocks, measure_gain, score_blocks, summarize_loss
+from utils.evaluation.memorization import default_copy_rate, measure_coverage, measure_extraction
+from utils.evaluation.style import MIN_TEXTS, BookMeasures, compare_style, describe_lack, judge_style, sample_book
 
 MODELS = ("base", "finetuned")
 PREFIX_TOKENS, N_EXTRACTIONS = 32, 50
-N_WINDOWS = 200  # of training and of validation text, as long as a sample, are compared with the samples
-MIN_TEXTS = 10  # of each kind, for a classifier
-MIN_BLOCKS = 5  # for an interval
+MIN_BLOCKS = 8  # for an interval
 CONTROL_BLOCK = 128  # tokens per block of general text if there is no data folder
-BOOK_TOKENS, BOOK_WINDOW = 2_000_000, 1000  # of a longer training text, windows of this many tokens in all are read
 SHOWN_NGRAM = ngrams.NGRAM_LENGTHS[0]  # tokens: the shortest copied span that the page marks
 SHOWN_PROMPTS, SHOWN_SAMPLES, CURVE_POINTS = 24, 3, 300
-QUESTIONS = 10
+QUESTIONS = 10  # pairs, and as many single snippets
 
 
 def measure_losses(
-    models: dict, tokenizer, data: Blocks | None, control: str, limit: int, seed: int, autocast: Callable, progress
+    models: dict, tokenizer, data: Blocks | None, control: str, limit: int, seed: int, autocast: Callable
 ) -> tuple[dict[str, Any], list[str]]:
     """Measure the losses on validation and general text, style gain and forgetting.
 
     Args:
         control: general text, or "".
         limit: tokens of the models' context.
-        progress: called with the number of blocks just scored.
     """
     book = ("validation text", data.validation, data.bytes_per_token) if data else ("validation text", [], 0.0)
     general = cut_blocks(control, tokenizer, min(data.block_size if data else CONTROL_BLOCK, limit))
     scores, nats, missing = {}, {}, []
+    bar = tqdm(total=len(models) * (len(book[1]) + len(general[0])), desc="scoring", unit="block", delay=2, leave=False)
     for text, (what, blocks, bytes_per_token) in {"book": book, "control": ("general text", *general)}.items():
         sums = {}
         for name, model in models.items() if len(blocks) else ():
-            # One block per forward pass: each has its own loss, and the bootstrap draws blocks.
-            sums[name], n_targets = score_blocks(model, blocks, 1, autocast, progress)
+            batch_size = blocks_per_pass(len(blocks[0]["input_ids"]))
+            sums[name], n_targets = score_blocks(model, blocks, batch_size, autocast, bar.update)
             scores.setdefault(text, {})[name] = summarize_loss(sum(sums[name]), n_targets, bytes_per_token)
         if len(blocks) < MIN_BLOCKS:
             missing.append(f"the gain on {what}: there are {len(blocks)} blocks of it, {MIN_BLOCKS} are needed")
         else:
             nats[text] = sums | {"bytes": bytes_per_token * (n_targets // len(blocks))}
+    bar.close()
     gains = measure_gain(nats, seed)
     percent = {"forgetting_percent": gains["forgetting"]["value"]} if "forgetting" in gains else {}
     return {"scores": scores, **gains, **percent}, missing
 
 
-def extract_blocks(models: dict, tokenizer, data: Blocks, limit: int, batch_size: int, autocast: Callable) -> dict:
+def extract_blocks(
+    models: dict, data: Blocks, limit: int, decoding: Decoding, batch_size: int, autocast: Callable
+) -> dict:
     """Measure extraction of training and of validation blocks, by model and split."""
     length = min(2 * PREFIX_TOKENS, data.block_size // 2 * 2, limit // 2 * 2)
     result = {name: {} for name in models}
@@ -63,78 +67,65 @@ def extract_blocks(models: dict, tokenizer, data: Blocks, limit: int, batch_size
         # Beginnings of blocks: training had these tokens at these very positions.
         rows = blocks[pick_evenly(range(len(blocks)), N_EXTRACTIONS)]["input_ids"][:, :length].tolist()
         for name, model in models.items():
-            result[name][split] = measure_extraction(model, tokenizer.eos_token_id, rows, batch_size, autocast)
+            result[name][split] = measure_extraction(model, rows, decoding, batch_size, autocast)
     return result
 
 
 def compare_texts(
-    samples: list[dict], data: Blocks, tokenizer, control: str, window_tokens: int, seed: int
+    columns: dict[str, Column],
+    judged: dict[str, Column],
+    data: Blocks,
+    tokenizer,
+    control: str,
+    window_tokens: int,
+    read: Callable[[list[str]], list[np.ndarray]],
+    seed: int,
 ) -> tuple[dict[str, Any], list[str]]:
-    """Measure the samples and the author's text: copying, repetition, lengths, words and characters.
+    """Measure the texts of base, fine-tuned model and reference: copying, repetition, lengths and style.
 
     Args:
-        samples: rows of samples.jsonl.
-        window_tokens: tokens per window of the author's text, as in a sample.
+        judged: texts from elsewhere, of which copying and style are measured.
+        window_tokens: tokens per window of training text, as in a sample.
+        read: returns the reader's features of texts.
     """
-    ids = {name: [np.array(s["generated_ids"], np.int64) for s in samples if s["model"] == name] for name in MODELS}
-    texts = {name: [s["text"] for s in samples if s["model"] == name] for name in MODELS}
-    whole, train = dict(ids), data.ids("train")
-    if len(data.validation):
-        whole["reference"] = data.segments("validation")
-        ids["reference"] = data.windows("validation", window_tokens, N_WINDOWS)
-        texts["reference"] = [tokenizer.decode(row) for row in ids["reference"]]
-    book = train
-    if len(train) > BOOK_TOKENS:
-        book = np.concatenate(data.windows("train", BOOK_WINDOW, BOOK_TOKENS // BOOK_WINDOW))
-    joined = {name: "\n".join(rows) for name, rows in texts.items()} | {"book": tokenizer.decode(book)}
-    n_words = {name: len(stylometry.split_words(text)) for name, text in joined.items()}
+    train, book = data.ids("train"), sample_book(data, tokenizer)[0]
+    joined = {name: "\n".join(column.texts) for name, column in columns.items()} | {"book": book}
+    book_words = stylometry.split_words(book)
     # Longer text has fewer new words: equal amounts are compared.
-    fewest = min(len(rows) for rows in ids.values() if rows)
+    fewest = min((len(column.ids) for column in columns.values() if column.ids), default=0)
     fields = {
-        "copy_rate": {name: ngrams.ngram_overlap(rows, train) for name, rows in whole.items()},
-        "longest_copy": {name: describe_longest(rows, data, tokenizer) for name, rows in whole.items()},
+        "copy_rate": {name: ngrams.ngram_overlap(column.ids, train) for name, column in columns.items()},
+        "longest_copy": {name: describe_longest(column.ids, data, tokenizer) for name, column in columns.items()},
+        "coverage": {name: measure_coverage(column.words, book_words) for name, column in columns.items()},
         "repetition": {
-            name: ngrams.measure_repetition([row.tolist() for row in pick_evenly(rows, fewest)])
-            for name, rows in ids.items()
+            name: ngrams.measure_repetition([row.tolist() for row in pick_evenly(column.ids, fewest)])
+            for name, column in columns.items()
         },
         "lengths": {name: stylometry.measure_lengths(text) for name, text in joined.items()},
         "counts": {
-            "texts": {name: len(rows) for name, rows in texts.items()},
-            "tokens": {name: sum(map(len, rows)) for name, rows in whole.items()} | {"book": len(train)},
-            "words": n_words,
+            "texts": {name: len(column.texts) for name, column in columns.items()},
+            "dropped": {name: column.n_dropped for name, column in columns.items()},
+            "tokens": {name: sum(map(len, column.ids)) for name, column in columns.items()} | {"book": len(train)},
+            "words": {name: column.n_words for name, column in columns.items()} | {"book": len(book_words)},
         },
-    }
-    floors = dict.fromkeys(texts, stylometry.MIN_WORDS) | {"book": 2 * stylometry.WINDOW_WORDS}
-    short = [f"{name} has {n_words[name]:,}" for name, floor in floors.items() if n_words[name] < floor]
-    if short:
-        need = f"Delta, AUC and the word table need about {stylometry.MIN_WORDS:,} words"
-        return fields, [f"{need}: {', '.join(short)}"]
-    windows = tokenizer.batch_decode(data.windows("train", window_tokens, N_WINDOWS))
-    profile = stylometry.build_word_profile(joined["book"], control)
-    if not profile.words:
-        return fields, ["Delta, AUC and the word table: no frequent word of the book varies in its rate"]
-    style, missing = compare_style(texts, profile, windows, min(n_words[name] for name in texts), seed)
-    return fields | style, missing
-
-
-def compare_style(
-    texts: dict[str, list[str]], profile: stylometry.WordProfile, windows: list[str], n_words: int, seed: int
-) -> tuple[dict[str, Any], list[str]]:
-    """Measure Delta (of n_words words), AUC and the word table of texts, by column, against the book's."""
-    words = {name: [stylometry.split_words(text) for text in rows] for name, rows in texts.items()}
-    measured = {name: stylometry.measure_delta(rows, profile, n_words, seed) for name, rows in words.items()}
-    n_texts, missing = min(map(len, texts.values())), []
-    if min(len(windows), n_texts) < MIN_TEXTS:
-        missing.append(f"AUC needs {MIN_TEXTS} texts of each kind; give a smaller --max-new-tokens")
-    else:
-        for name, rows in texts.items():
-            measured[name]["auc"] = stylometry.measure_auc(windows, rows, n_texts, seed)
-    fields = {"words": stylometry.tabulate_words(profile, words), "words_compared": n_words, "intervals": {}}
-    for measure in measured["base"]:
-        figures = {name: figures[measure] for name, figures in measured.items()}
-        fields[measure] = {name: figure["value"] for name, figure in figures.items()}
-        fields["intervals"][measure] = {name: [figure["low"], figure["high"]] for name, figure in figures.items()}
-    return fields, missing
+        "judged": {
+            name: {"n_texts": len(column.texts), "n_words": column.n_words, "n_dropped": column.n_dropped,
+                   "copy_rate": ngrams.ngram_overlap(column.ids, train)[str(SHOWN_NGRAM)]}
+            for name, column in judged.items()
+        },
+    }  # fmt: skip
+    need = f"words, spelling and sense need {stylometry.MIN_WORDS:,} words in texts of {MIN_TEXTS} sources"
+    lacking = [f"{name} has {lack}" for name, column in columns.items() if (lack := describe_lack(column))]
+    measures = None if lacking else BookMeasures(data, tokenizer, control, window_tokens, read, seed)
+    if measures is None or not measures.profile.words:
+        why = f"{need}: {', '.join(lacking)}" if lacking else "words: no frequent word of the book varies in its rate"
+        return fields, [why]
+    for name, column in judged.items():
+        lack = describe_lack(column)
+        fields["judged"][name] |= (
+            {"missing": f"{need}; it has {lack}"} if lack else judge_style(measures, column, columns)
+        )
+    return fields | compare_style(measures, columns), []
 
 
 def describe_longest(texts: list[np.ndarray], data: Blocks, tokenizer) -> dict[str, Any]:
@@ -174,21 +165,29 @@ def arrange_texts(
 
 
 def make_quiz(samples: list[dict], data: Blocks, tokenizer, seed: int) -> dict[str, list]:
-    """Choose snippets for the blind test, whose cut first and last words are left out; {} if there are too few."""
+    """Choose snippets of equal token length for the blind test, whose cut first and last words are left out.
+
+    Pairs of author and model come first, then single snippets of other texts where there are enough; {} without pairs.
+    """
     rng = np.random.default_rng(seed)
     length = max((len(s["generated_ids"]) for s in samples), default=1)
     real = tokenizer.batch_decode(data.windows("validation", length, 3 * QUESTIONS)) if length > 1 else []
     made = [s["text"] for s in samples if s["model"] == "finetuned" and len(s["generated_ids"]) == length]
-    kinds = rng.random(QUESTIONS) < 0.5
-    if len(real) < QUESTIONS or len(made) < QUESTIONS:
+    made, real = (
+        rng.permutation(sorted({re.sub(r"^\S*\s+|\s+\S*$", "", text) for text in texts} - {""})).tolist()
+        for texts in (made, real)
+    )
+    available = min(len(made), len(real))
+    if available < QUESTIONS:
         return {}
-    chosen = {True: iter(rng.permutation(len(real))), False: iter(rng.permutation(len(made)))}
-    quiz = []
-    for is_real in kinds.tolist():
-        text = (real if is_real else made)[next(chosen[is_real])]
-        quiz.append({"text": re.sub(r"^\S*\s+|\s+\S*$", "", text), "is_real": is_real})
+    pairs = [
+        {"texts": [made[i], real[i]] if author else [real[i], made[i]], "author": author}
+        for i, author in enumerate(rng.integers(2, size=QUESTIONS).tolist())
+    ]
+    kinds = (rng.random(QUESTIONS) < 0.5).tolist() if available >= 2 * QUESTIONS else []
+    singles = [{"text": (real if kind else made)[i], "is_real": kind} for i, kind in enumerate(kinds, QUESTIONS)]
     intervals = [binomtest(right, QUESTIONS).proportion_ci() for right in range(QUESTIONS + 1)]
-    return {"quiz": quiz, "quiz_intervals": [[float(bounds.low), float(bounds.high)] for bounds in intervals]}
+    return {"quiz": singles, "quiz_pairs": pairs, "quiz_intervals": [[float(i.low), float(i.high)] for i in intervals]}
 
 
 def arrange_curves(

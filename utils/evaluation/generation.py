@@ -18,9 +18,9 @@ class Decoding:
     """How the next token is chosen; names and meanings as in transformers' generate()."""
 
     max_new_tokens: int = 75
-    temperature: float = 1.0
+    temperature: float = 0.9
     top_k: int = 0
-    top_p: float = 0.9
+    top_p: float = 1.0
     do_sample: bool = True
     repetition_penalty: float = 1.0
     no_repeat_ngram_size: int = 0

@@ -8,6 +8,17 @@ from utils.evaluation.report import Report
 FORGETS_LITTLE, FORGETS_MUCH = 1, 20  # percent more bits for general text
 MEMORIZES = 0.1  # of the training blocks continued verbatim
 LOOPS = 0.1  # of the samples
+SUPPORTS = 0.75  # of the gap from base to author, with the author inside the interval
+AMOUNTS = [
+    (0.05, "Hardly any"),
+    (0.25, "A small part"),
+    (0.4, "Less than half"),
+    (0.6, "Half"),
+    (0.9, "More than half"),
+    (1, "Nearly all"),
+]
+PARTS = ("words", "spelling", "sense")
+FAULTS = {"copies": "it copies", "memorized": "it recites", "forgot": "it forgot much"}
 
 
 def judge(report: Report) -> Report:
@@ -18,17 +29,139 @@ def judge(report: Report) -> Report:
         "memorized": _judge_memorization(report),
         "forgot": _judge_forgetting(report),
     }
-    sentences = [sentence for sentence, _ in judged.values() if sentence]
+    flags = {name: flag for name, (_, flag) in judged.items()}
+    gain, *others = [sentence for sentence, _ in judged.values()]
+    faults = [fault for name, fault in FAULTS.items() if flags[name]]
+    if flags["learned_the_book"] is False:
+        faults.append("its gain on unseen pages does not show it")
+    headline, writes = describe_gap((report.parts or {}).get("finetuned", {}), faults, *_unknown(report))
+    opening = [gain, headline] if flags["learned_the_book"] is False else [headline, gain]
     if report.other_book:
-        sentences.insert(0, "A control: the validation text is of another book than the model was trained on.")
+        opening.insert(0, "A control: the validation text is of another book than the model was trained on.")
+    closing = []
     loops = (report.repetition or {}).get("finetuned", {}).get("loops") or 0
     if loops >= LOOPS:
-        sentences.append(f"{loops:.0%} of its samples end in a loop; a higher --temperature helps.")
+        closing.append(f"{loops:.0%} of its samples end in a loop; a higher --temperature helps.")
     if report.max_copy:
         limit = report.max_copy
-        sentences.append(f"--max-copy {limit['tokens']} restricted the choice of {limit['acted']:,} of the "
-                         f"{limit['generated']:,} tokens of both models.")  # fmt: skip
-    return replace(report, verdict=sentences, flags={name: flag for name, (_, flag) in judged.items()})
+        closing.append(f"--max-copy {limit['tokens']} restricted the choice of {limit['acted']:,} of the "
+                       f"{limit['generated']:,} tokens of both models.")  # fmt: skip
+    texts = {name: _judge_text(report, figures) for name, figures in report.judged.items()}
+    closing += [f"{name}: {figures['verdict']}" for name, figures in texts.items()]
+    sentences = [
+        *opening,
+        _describe_words(report),
+        _describe_spelling(report),
+        _describe_sense(report),
+        *others,
+        *closing,
+    ]
+    return replace(report, verdict=[sentence for sentence in sentences if sentence], judged=texts,
+                   flags=flags | {"writes_like_the_book": writes})  # fmt: skip
+
+
+def supports(share: dict[str, float]) -> bool:
+    """Return whether a part's share of the gap supports that a text is like the author's."""
+    return share["value"] >= SUPPORTS and share["high"] >= 1
+
+
+def describe_gap(
+    shares: dict[str, dict], faults: list[str], unknown: float | None, author_unknown: float | None
+) -> tuple[str | None, bool | None]:
+    """Say how far the weakest part has come, and return whether all parts support "writes like the book".
+
+    Args:
+        shares: the gap closed by each part that could be measured.
+        faults: what else speaks against it.
+        unknown: share of words that nobody wrote; author_unknown: the author's.
+    """
+    if not shares:
+        return None, None
+    closed = min(shares.values(), key=lambda share: share["value"])
+    interval = f"{closed['value']:.2f} [{closed['low']:.2f}, {closed['high']:.2f}]"
+    has = [part for part in PARTS if part in shares and supports(shares[part])]
+    lacks = [part for part in PARTS if part in shares and part not in has]
+    unmeasured = [part for part in PARTS if part not in shares]
+    open_question = f"; {_join(unmeasured)} could not be measured" if unmeasured else ""
+    if not lacks and not faults and "sense" in has:
+        return (
+            f"It writes like the book: its {_join(has)} are as near to the author's as measurable ({interval})"
+            f"{open_question}.",
+            True,
+        )
+    amount = next(words for bound, words in AMOUNTS if closed["value"] <= bound)
+    own = _join([f"{part} ({shares[part]['value']:.2f})" for part in has])
+    missing = _join([f"{part} ({shares[part]['value']:.2f})" for part in lacks], "or")
+    clauses = [f"it has the book's {own}" if has else "it does not have the book's", missing]
+    clauses = [(", not its " if has else " ").join(filter(None, clauses))]
+    if "spelling" in lacks:
+        clauses.append(f"{unknown:.1%} of its words stand in neither book nor general text, of the author's "
+                       f"{author_unknown:.1%}")  # fmt: skip
+    sentence = f"{amount} of the way from the base model to the author ({interval}): {'; '.join(clauses)}"
+    sentence += f"; but {_join(faults)}" if faults else ""
+    return f"{sentence}{open_question}.", None if not lacks and not faults else False
+
+
+def _unknown(report: Report, name: str = "finetuned") -> tuple[float | None, float | None]:
+    rates = report.unknown_words or {}
+    return rates.get(name), rates.get("reference")
+
+
+def _judge_text(report: Report, figures: dict) -> dict:
+    """Return the figures of a judged file with verdict, copies and writes_like_the_book."""
+    own = (report.copy_rate or {}).get("reference", {}).get("8")
+    rate = figures["copy_rate"]
+    copies = None if rate is None else rate > default_copy_rate(own or 0.0)
+    faults = [f"{rate:.1%} of its tokens are copied"] if copies else []
+    sentence, writes = describe_gap(
+        figures.get("parts") or {}, faults, figures.get("unknown_words"), _unknown(report)[1]
+    )
+    if sentence is None:
+        sentence = f"Not judged: {figures['missing']}." if figures.get("missing") else "No part could be measured."
+        sentence = f"It copies: {faults[0]}. {sentence}" if copies else sentence
+    empty = dict.fromkeys(("unknown_words", "delta", "reader_auc", "gap_closed"))
+    return (
+        empty | figures | {"copies": copies, "writes_like_the_book": False if copies else writes, "verdict": sentence}
+    )
+
+
+def _describe_share(report: Report, part: str) -> str:
+    if "reference" not in (report.parts or {}):
+        return ""
+    share = report.parts["finetuned"].get(part)
+    if share is None:
+        return "; base and author are too near each other to measure the gap"
+    return "; {value:.2f} [{low:.2f}, {high:.2f}] of the gap closed".format(**share)
+
+
+def _enumerate(figures: dict[str, float], form: str) -> str:
+    """Put a measure's columns into words: "0.445 (author 0.398, base 0.781)"."""
+    others = [f"{label} {form.format(figures[name])}" for name, label in (("reference", "author"), ("base", "base"))
+              if name in figures]  # fmt: skip
+    return f"{form.format(figures['finetuned'])} ({', '.join(others)})"
+
+
+def _describe_words(report: Report) -> str | None:
+    if report.delta is None:
+        return None
+    figures = _enumerate(report.delta, "{:.3f}")
+    return f"Words: Burrows' Delta from the book is {figures}{_describe_share(report, 'words')}."
+
+
+def _describe_spelling(report: Report) -> str | None:
+    if report.unknown_words is None:
+        return None
+    return (f"Spelling: the share of words that stand in neither book nor general text is "
+            f"{_enumerate(report.unknown_words, '{:.1%}')}{_describe_share(report, 'spelling')}.")  # fmt: skip
+
+
+def _describe_sense(report: Report) -> str | None:
+    if report.reader_auc is None:
+        return None
+    auc = {name: figure["value"] for name, figure in report.reader_auc.items()}
+    lenient = ", the base model itself, which is lenient with text of its own kind" if report.reader_is_base else ""
+    return (f"Sense: a reader ({report.reader}{lenient}) tells it from the book with an AUC of "
+            f"{_enumerate(auc, '{:.2f}')}, 0.5 being not at all{_describe_share(report, 'sense')}.")  # fmt: skip
 
 
 def _judge_gain(report: Report) -> tuple[str | None, bool | None]:
@@ -38,13 +171,18 @@ def _judge_gain(report: Report) -> tuple[str | None, bool | None]:
         return None, None
     cost = f"unseen pages cost {abs(book['value']):.2f} bits per byte {'less' if book['value'] > 0 else 'more'}"
     cost += " than for the base model"
+    if book["value"] <= 0:
+        return f"It did not learn the book: {cost}.", False
     if book["low"] <= 0:
         bounds = f"{book['low']:.2f} to {book['high']:.2f}"
-        return f"It did not learn the book: {cost} (interval of the gain {bounds}).", False
+        return f"It is not certain that it learned the book: {cost} (interval of the gain {bounds}).", False
     if style and style["low"] <= 0:
         general = report.control_gain["value"]
         change = f"{abs(general):.2f} {'less' if general > 0 else 'more'}"
-        return f"It learned nothing of this book alone: {cost}, and general text {change}.", False
+        return (
+            f"It is not certain that it learned anything of this book alone: {cost}, and general text {change}.",
+            False,
+        )
     return f"It learned the book: {cost}.", True
 
 
@@ -66,6 +204,10 @@ def _judge_memorization(report: Report) -> tuple[str | None, bool | None]:
     memorized = train["exact_match"] >= MEMORIZES and train["exact_match"] > validation["exact_match"]
     case = (f"given the beginnings of {train['prefixes']} training blocks, it continues {train['exact_match']:.0%} of "
             f"them word for word for {train['tokens']} tokens")  # fmt: skip
+    if "extractable" in train:
+        most = max(train["extractable"], key=int)
+        share, base = (report.extraction[name]["train"]["extractable"][most] for name in ("finetuned", "base"))
+        case += f"; {int(most):,} samples each are likely to hold {share:.0%} of them (the base model's {base:.0%})"
     return f"It recites: {case}. Do not share it." if memorized else f"It does not recite: {case}.", memorized
 
 
@@ -73,6 +215,12 @@ def _judge_forgetting(report: Report) -> tuple[str | None, bool | None]:
     percent = report.forgetting_percent
     if percent is None:
         return None, None
-    amount = "much" if percent >= FORGETS_MUCH else "little" if percent >= FORGETS_LITTLE else "nothing"
+    amount = ("nothing" if percent <= 0 else "hardly anything" if percent < FORGETS_LITTLE
+              else "little" if percent < FORGETS_MUCH else "much")  # fmt: skip
     change = f"{abs(percent):.1f}% {'more' if percent >= 0 else 'fewer'} bits than before"
     return f"It forgot {amount}: general text costs {change}.", percent >= FORGETS_MUCH
+
+
+def _join(names: list[str], word: str = "and") -> str:
+    """Enumerate: ["words", "spelling", "sense"] -> "words, spelling and sense"."""
+    return f" {word} ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))

@@ -1,0 +1,95 @@
+"""The columns of a report: texts of one source, cut alike, each once, ready to be measured."""
+
+import functools
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from utils.data.blocks import Blocks
+from utils.data.text import read_book
+from utils.errors import UserError
+from utils.evaluation.stylometry import split_words
+
+N_WINDOWS = 200  # of training and of validation text, as long as a sample, are compared with the samples
+SEPARATOR = re.compile(r"^---[^\S\n]*$", re.MULTILINE)
+
+
+@dataclass(frozen=True, eq=False)
+class Column:
+    """Texts of one source, with their token ids; those of one group (a prompt, a longer text) belong together."""
+
+    texts: list[str]
+    ids: list[np.ndarray]
+    groups: list[int]
+    n_dropped: int = 0  # equal to another, empty, or the rest of a text
+
+    @functools.cached_property
+    def words(self) -> list[list[str]]:
+        """The words of each text."""
+        return [split_words(text) for text in self.texts]
+
+    @property
+    def n_words(self) -> int:
+        return sum(map(len, self.words))
+
+
+def build_column(texts: list[str], ids: list[np.ndarray], groups: list[int]) -> Column:
+    """Return the texts that are not empty, each once: a copy would count twice and stand on both sides of a test."""
+    first = {text: index for index, text in reversed(list(enumerate(texts))) if text.strip()}
+    kept = sorted(first.values())
+    chosen = ([values[i] for i in kept] for values in (texts, ids, groups))
+    return Column(*chosen, n_dropped=len(texts) - len(kept))
+
+
+def build_columns(samples: list[dict], data: Blocks, tokenizer, length: int) -> dict[str, Column]:
+    """Return the columns base, finetuned and, if there is validation text, reference: windows of `length` tokens."""
+    columns = {name: column_of_samples(samples, name) for name in ("base", "finetuned")}
+    windows = data.windows("validation", length, N_WINDOWS) or data.segments("validation")  # no segment is as long
+    if windows:
+        columns["reference"] = build_column(tokenizer.batch_decode(windows), windows, list(range(len(windows))))
+    return columns
+
+
+def column_of_samples(samples: list[dict], model: str) -> Column:
+    """Return the samples of a model, grouped by prompt."""
+    rows = [sample for sample in samples if sample["model"] == model]
+    prompts = {prompt: number for number, prompt in enumerate(dict.fromkeys(row["prompt"] for row in rows))}
+    ids = [np.array(row["generated_ids"], np.int64) for row in rows]
+    return build_column([row["text"] for row in rows], ids, [prompts[row["prompt"]] for row in rows])
+
+
+def read_judged(path: Path) -> list[tuple[str, object]]:
+    """Read the texts of a file, each with its group: rows of .jsonl with "text", or text with lines of --- between."""
+    whole = read_book(path)[0]
+    if path.suffix != ".jsonl":
+        return [(text.strip("\n"), number) for number, text in enumerate(SEPARATOR.split(whole))]
+    rows = []
+    for number, line in enumerate(whole.split("\n"), start=1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+                rows.append((row["text"].strip("\n"), str(row.get("prompt", number))))
+            except (ValueError, KeyError, TypeError, AttributeError):
+                raise UserError(f'{path}: line {number} is not a JSON object with a "text"') from None
+    return rows
+
+
+def column_of_file(path: Path, tokenizer, length: int) -> Column:
+    """Return the texts of a file, longer ones cut into windows of `length` tokens.
+
+    The rest of a text is left out if it is shorter than half a window. The windows of a single text stand for
+    themselves.
+    """
+    rows, texts, ids, groups = read_judged(path), [], [], []
+    numbers = {group: number for number, group in enumerate(dict.fromkeys(group for _, group in rows))}
+    for text, group in rows:
+        encoded = tokenizer(text, add_special_tokens=False)["input_ids"]
+        for start in range(0, max(1, len(encoded)), length):
+            part = np.array(encoded[start : start + length], np.int64)
+            texts.append("" if start and 2 * len(part) < length else tokenizer.decode(part))
+            ids.append(part)
+            groups.append(len(ids) if len(rows) == 1 else numbers[group])
+    return build_column(texts, ids, groups)

@@ -1,0 +1,123 @@
+"""Style in three parts: words (Delta), spelling (unknown words) and sense (the reader), for every column alike.
+
+How far a column has come on the way from the base model to the author is measured by each part; the weakest counts.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from utils.data.blocks import Blocks
+from utils.evaluation import stylometry
+from utils.evaluation.bootstrap import Estimate, measure_gap_closed
+from utils.evaluation.columns import N_WINDOWS, Column
+from utils.evaluation.reader import Familiarity, measure_auc
+
+PARTS = {"words": "delta", "spelling": "unknown_words", "sense": "reader_auc"}
+HIGHEST = {"unknown_words": 1, "reader_auc": 1}
+MIN_TEXTS = 10  # of different groups, for a classifier
+BOOK_TOKENS, BOOK_WINDOW = 2_000_000, 1000  # of a longer training text, windows of this many tokens in all are read
+
+
+def sample_book(data: Blocks, tokenizer) -> tuple[str, bool]:
+    """Return the training text and whether it is whole; of a long one, windows spread over it."""
+    train = data.ids("train")
+    if len(train) <= BOOK_TOKENS:
+        return tokenizer.decode(train), True
+    return tokenizer.decode(np.concatenate(data.windows("train", BOOK_WINDOW, BOOK_TOKENS // BOOK_WINDOW))), False
+
+
+def describe_lack(column: Column) -> str:
+    """Say what a column has if that is too little to measure its style; "" if it has enough."""
+    n_groups = len(set(column.groups))
+    if column.n_words >= stylometry.MIN_WORDS and n_groups >= MIN_TEXTS:
+        return ""
+    return f"{column.n_words:,} words in texts of {n_groups} sources"
+
+
+class BookMeasures:
+    """The training text as the three parts see it, to measure columns against."""
+
+    def __init__(self, data: Blocks, tokenizer, control: str, length: int, read: Callable, seed: int) -> None:
+        """Read the training text and windows of it.
+
+        Args:
+            length: tokens per window, as in a sample.
+            read: returns the reader's features of texts.
+        """
+        book, is_whole = sample_book(data, tokenizer)
+        general = set(stylometry.split_words(control))
+        self.profile = stylometry.build_word_profile(book, control)
+        self.known = general.union(stylometry.split_words(book))
+        self.familiarity = Familiarity(data.ids("train"), book, is_whole, general, tokenizer)
+        self.read, self.seed = read, seed
+        starts = data.window_starts("train", length, N_WINDOWS)
+        windows = tokenizer.batch_decode([data.ids("train")[start : start + length] for start in starts])
+        self.numbers = {window: number for number, window in enumerate(windows)}
+        self.features = [*read(windows), self.familiarity.measure(windows, starts, length)]
+        self.seeds, self.measure_auc = {}, functools.cache(self._measure_auc)
+
+    def seed_of(self, column: Column) -> int:
+        """Return a seed of the column's own: draws of two columns must not move together."""
+        return self.seeds.setdefault(column, (self.seed + 1000 * len(self.seeds)) % 2**32)
+
+    def _measure_auc(self, column: Column, n_texts: int) -> Estimate:
+        features = [*self.read(column.texts), self.familiarity.measure(column.texts)]
+        groups = [self.numbers.get(text, len(self.features[0]) + group)  # a copied window stays with its original
+                  for text, group in zip(column.texts, column.groups, strict=True)]  # fmt: skip
+        return measure_auc(self.features, features, np.array(groups), n_texts, self.seed_of(column))
+
+    def measure(self, column: Column, n_texts: int, n_words: int) -> dict[str, Estimate]:
+        """Return delta, cosine_delta, unknown_words and reader_auc of a column."""
+        seed = self.seed_of(column)
+        delta = stylometry.measure_delta(column.words, self.profile, n_words, seed)
+        unknown = stylometry.measure_unknown(column.words, self.known, seed)
+        return delta | {"unknown_words": unknown, "reader_auc": self.measure_auc(column, n_texts)}
+
+    def compare(self, column: Column, columns: dict[str, Column]) -> tuple[dict[str, dict], dict[str, dict]]:
+        """Return the measures of a column and, by part, the gap closed, with as many texts and words as all columns.
+
+        A part whose gap from base to reference does not exceed its noise is left out.
+        """
+        beside = [*columns.values(), column]
+        size = min(len(c.texts) for c in beside), min(c.n_words for c in beside)
+        own, shares = self.measure(column, *size), {}
+        if "reference" in columns:
+            base, reference = (self.measure(columns[name], *size) for name in ("base", "reference"))
+            shares = {part: measure_gap_closed(own[key], base[key], reference[key]) for part, key in PARTS.items()}
+        intervals = {key: estimate.interval(0, HIGHEST.get(key, np.inf)) for key, estimate in own.items()}
+        return intervals, {part: share for part, share in shares.items() if share}
+
+
+def weakest(shares: dict[str, dict]) -> dict[str, float] | None:
+    """Return the least of the parts' shares of the gap; None without any."""
+    return min(shares.values(), key=lambda share: share["value"], default=None)
+
+
+def compare_style(book: BookMeasures, columns: dict[str, Column]) -> dict[str, Any]:
+    """Measure base, fine-tuned model and, if there is validation text, reference: fields of the report."""
+    measured = {name: book.compare(column, columns) for name, column in columns.items()}
+    fields: dict[str, Any] = {"intervals": {}, "words": stylometry.tabulate_words(
+        book.profile, {name: column.words for name, column in columns.items()})}  # fmt: skip
+    for key in measured["base"][0]:
+        figures = {name: intervals[key] for name, (intervals, _) in measured.items()}
+        fields[key] = {name: figure["value"] for name, figure in figures.items()}
+        fields["intervals"][key] = {name: [figure["low"], figure["high"]] for name, figure in figures.items()}
+    return fields | {
+        "reader_auc": {name: intervals["reader_auc"] for name, (intervals, _) in measured.items()},
+        "parts": {name: shares for name, (_, shares) in measured.items()},
+        "gap_closed": {name: weakest(shares) for name, (_, shares) in measured.items()},
+        "words_compared": min(column.n_words for column in columns.values()),
+        "texts_compared": min(len(column.texts) for column in columns.values()),
+    }  # fmt: skip
+
+
+def judge_style(book: BookMeasures, column: Column, columns: dict[str, Column]) -> dict[str, Any]:
+    """Measure texts from elsewhere in the place of the fine-tuned model's."""
+    intervals, shares = book.compare(column, columns)
+    return {
+        "unknown_words": intervals["unknown_words"]["value"], "delta": intervals["delta"],
+        "reader_auc": intervals["reader_auc"], "parts": shares, "gap_closed": weakest(shares),
+    }  # fmt: skip
