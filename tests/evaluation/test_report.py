@@ -1,4 +1,4 @@
-"""The verdict's sentences, and the pages: complete, self-contained, safe, and whole on a phone."""
+"""The pages: complete, self-contained, safe, and whole on a phone."""
 
 import html
 import json
@@ -10,9 +10,9 @@ from dataclasses import replace
 import pytest
 from markdown_it import MarkdownIt
 
-from utils.evaluation.plots import draw_copying, draw_loss, render_svg
-from utils.evaluation.report import Report, draw_plots, list_scores, quote, render_page, render_terminal
-from utils.evaluation.verdict import judge
+from utils.evaluation.plots import draw_copying, draw_loss, draw_parts, render_svg
+from utils.evaluation.render import draw_gap, draw_plots, quote, render_page, render_terminal
+from utils.evaluation.report import Report, list_scores
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
@@ -25,86 +25,11 @@ def report(measured):
     return Report(**values)
 
 
-def figures(gain=(0.2, 0.3), book=(0.3, 0.4), copied=0.05, own=0.04, extracted=0.0, forgot=4.0, loops=0.0):
-    def between(low, high):
-        return {"value": (low + high) / 2, "low": low, "high": high}
-
-    extraction = {"train": {"exact_match": extracted, "prefixes": 50, "tokens": 32}, "validation": {"exact_match": 0.0}}
-    return Report(**{
-        "style_gain": between(*gain), "book_gain": between(*book), "control_gain": between(-0.1, 0.0),
-        "forgetting_percent": forgot,
-        "copy_rate": {"finetuned": {"8": copied}, "reference": {"8": own}},
-        "longest_copy": {"finetuned": {"tokens": 21}},
-        "extraction": {"finetuned": extraction}, "repetition": {"finetuned": {"loops": loops}},
-    })  # fmt: skip
-
-
-def test_verdict_of_a_healthy_run():
-    judged = judge(figures())
-    assert judged.verdict == [
-        "It learned the book: unseen pages cost 0.35 bits per byte less than for the base model.",
-        "It copies little: 5.0% of its tokens lie in n-grams of 8 or more tokens of the training text, the longest "
-        "span has 21 tokens; the author's own unseen pages have 4.0%.",
-        "It does not recite: given the beginnings of 50 training blocks, it continues 0% of them word for word for "
-        "32 tokens.",
-        "It forgot little: general text costs 4.0% more bits than before.",
-    ]
-    assert judged.flags == {"learned_the_book": True, "copies": False, "memorized": False, "forgot": False}
-
-
-@pytest.mark.parametrize(
-    ("change", "flag", "value", "words"),
-    [
-        ({"gain": (-0.01, 0.3)}, "learned_the_book", False, "nothing of this book alone: unseen pages cost 0.35 bits"),
-        ({"gain": (-0.01, 0.3)}, "learned_the_book", False, "and general text 0.05 more."),
-        ({"book": (-0.01, 0.3)}, "learned_the_book", False, "did not learn the book: unseen pages cost 0.14 bits"),
-        ({"book": (-0.9, -0.1)}, "learned_the_book", False, "cost 0.50 bits per byte more than for the base model"),
-        ({"book": (-0.9, -0.1), "gain": (0.2, 2.0)}, "learned_the_book", False, "did not learn the book"),
-        ({"copied": 0.121}, "copies", True, "It copies much: 12.1%"),
-        ({"copied": 0.12}, "copies", False, "It copies little"),
-        ({"copied": 0.03, "own": 0.0}, "copies", False, "pages have 0.0%"),
-        ({"copied": 0.031, "own": 0.0}, "copies", True, "copies much"),
-        ({"extracted": 0.1}, "memorized", True, "It recites: given"),
-        ({"extracted": 0.98}, "memorized", True, "it continues 98% of them"),
-        ({"extracted": 0.08}, "memorized", False, "does not recite"),
-        ({"forgot": 20.0}, "forgot", True, "forgot much: general text costs 20.0% more"),
-        ({"forgot": 19.9}, "forgot", False, "forgot little"),
-        ({"forgot": 0.5}, "forgot", False, "forgot nothing"),
-        ({"forgot": -2.0}, "forgot", False, "forgot nothing: general text costs 2.0% fewer"),
-        ({"loops": 0.2}, "forgot", False, "20% of its samples end in a loop"),
-    ],
-)
-def test_verdict_names_what_is_wrong(change, flag, value, words):
-    judged = judge(figures(**change))
-    assert judged.flags[flag] is value
-    assert words in " ".join(judged.verdict)
-
-
-def test_without_general_text_the_likelihood_of_unseen_pages_is_still_judged():
-    judged = judge(replace(figures(), style_gain=None, control_gain=None, forgetting_percent=None))
-    cost = "unseen pages cost 0.35 bits per byte less than for the base model."
-    assert judged.verdict[0] == f"It learned the book: {cost}"
-    assert judged.flags["learned_the_book"] is True
-
-
-def test_the_headline_claims_nothing_about_the_samples():
-    """A chain of five characters was told that it writes like the book; only the likelihood is sound so far."""
-    for change in ({}, {"gain": (-1.0, 1.0)}, {"book": (-1.0, 1.0)}):
-        sentences = judge(figures(**change)).verdict
-        assert not re.search(r"of the way|writes like|write like", " ".join(sentences))
-
-
-def test_verdict_of_nothing_is_empty():
-    judged = judge(Report())
-    assert judged.verdict == []
-    assert judged.flags == dict.fromkeys(("learned_the_book", "copies", "memorized", "forgot"))
-
-
 def test_only_what_was_measured_is_in_the_file():
-    values = figures().to_dict()
+    values = Report(forgetting_percent=4.0).to_dict()
     assert next(iter(values)) == "format"
     assert values["forgetting_percent"] == 4.0
-    assert not {"delta", "auc", "words", "max_copy", "forgetting"} & values.keys()
+    assert not {"delta", "parts", "words", "max_copy", "forgetting"} & values.keys()
     assert values["missing"] == values["quiz"] == []
 
 
@@ -128,11 +53,38 @@ def test_all_pages_carry_the_same_numbers(measured, report):
 def test_scores_are_the_reports(report):
     rows = {row["label"]: row for row in list_scores(report)}
     assert rows["Burrows' Delta"]["reference"].startswith(f"{report.delta['reference']:.3f} [")
-    assert rows["AUC against the book"]["base"].startswith(f"{report.auc['base']:.3f} [")
+    assert rows["reader's AUC against the book"]["base"].startswith(f"{report.reader_auc['base']['value']:.3f} [")
     assert rows["tokens in n-grams of 16+"]["finetuned"] == f"{report.copy_rate['finetuned']['16']:.2%}"
     assert rows["validation text: perplexity"]["reference"] == ""
     exact = report.extraction["finetuned"]["train"]["exact_match"]
     assert rows["continued verbatim, training"]["finetuned"] == f"{exact:.0%}"
+    for label, gain in (("gain on validation text", report.book_gain), ("style gain", report.style_gain)):
+        assert rows[label]["finetuned"] == "{value:.3f} [{low:.3f}, {high:.3f}]".format(**gain)
+
+
+def between(value, low, high):
+    return {"value": value, "low": low, "high": high}
+
+
+PARTS = {"words": between(0.6, 0.2, 1.0), "spelling": between(0.9, 0.7, 0.95), "sense": between(0.1, 0.0, 0.3)}
+# A copy of another's columns: figures that only it has, a part that could not be measured, nothing measured.
+JUDGED = {
+    "mine": {"n_texts": 12, "copy_rate": 0.1234, "parts": PARTS | {"sense": between(0.77, 0.71, 0.82)}},
+    "short_one": {"n_texts": 1, "copy_rate": None, "parts": {}, "gap_closed": None},
+    "$a_b$": {"n_texts": 11, "copy_rate": 0.0, "parts": {"words": between(0.0, 0.0, 0.05)}},
+}
+
+
+def test_a_judged_file_has_a_column_in_the_tables(report):
+    report = replace(report, judged=JUDGED)
+    markdown = MarkdownIt("commonmark").enable("table").render(render_page("report.md", report))
+    for page in (render_page("report.html", report), markdown):
+        rows = [re.findall(r"<t[hd].*?>(.*?)</t[hd]>", row) for row in re.findall("<tr>(.*?)</tr>", page, re.DOTALL)]
+        cells = {row[0].split(" <span")[0]: row[4:7] for row in rows if len(row) >= 4 + len(JUDGED)}
+        assert cells["measure"] == list(JUDGED)
+        assert cells["tokens in n-grams of 8+"] == ["12.34%", "", "0.00%"]
+        assert cells["gap closed: words"] == ["0.600 [0.200, 1.000]", "", "0.000 [0.000, 0.050]"]
+        assert cells["texts"] == ["12", "1", "11"]
 
 
 def test_page_needs_nothing_from_elsewhere(measured):
@@ -160,7 +112,9 @@ def test_what_a_model_writes_is_never_markup(report):
         for texts in row["columns"].values():
             texts[:] = [[{"text": NASTY, "source": None}]]
     report.words[0]["word"] = report.quiz[0]["text"] = report.books[0]["name"] = NASTY
-    report = replace(report, verdict=[NASTY], missing=[NASTY])
+    report.quiz_pairs[0]["texts"][0] = NASTY
+    report = replace(report, verdict=[NASTY], missing=[NASTY], judged={NASTY: JUDGED["mine"]})
+    assert "<th>" + html.escape(NASTY).replace("&quot;", "&#34;") + "</th>" in render_page("report.html", report)
     for name in ("report.html", "quiz.html"):
         page = render_page(name, report)
         assert "<script>alert" not in page
@@ -195,6 +149,46 @@ def test_curves_have_the_figures():
     assert style["limit"] == [(5.0, 0), (5.0, 1)]
     assert len(lines(draw_copying(EVALS, None, None))) == 1
     assert lines(draw_loss([], [], 0)) == {}  # a run stopped before its first step has no curve
+
+
+def test_the_chart_has_the_parts():
+    """Each part on its line from base (0) to author (1); the points of judged files below the model's."""
+    figure = draw_parts(PARTS, {"mine": JUDGED["mine"]["parts"], "some": JUDGED["$a_b$"]["parts"]})
+    axes, points = figure.axes[0], lines(figure)
+    at = dict(zip((tick.get_text() for tick in axes.get_yticklabels()), axes.get_yticks(), strict=True))
+    assert list(at) == ["words", "spelling", "sense"]
+    assert points["base"] == [(0, y) for y in at.values()]
+    assert points["author"] == [(1, y) for y in at.values()]
+    assert points["fine-tuned"] == [(0.6, at["words"]), (0.9, at["spelling"]), (0.1, at["sense"])]
+    assert [x for x, _ in points["mine"]] == [0.6, 0.9, 0.77]
+    assert [x for x, _ in points["some"]] == [0.0]
+    assert len({y for values in points.values() for _, y in values}) == 3 + 3 + 1  # none hides another
+    bars = [[segment[:, 0].tolist() for segment in bar.get_segments()] for bar in axes.collections]
+    assert bars == [[[0.2, 1.0], [0.7, 0.95], [0.0, 0.3]], [[0.2, 1.0], [0.7, 0.95], [0.71, 0.82]], [[0.0, 0.05]]]
+    assert axes.yaxis_inverted()  # words on top
+
+
+def test_the_chart_is_small_and_its_legend_beside_it():
+    names = ["$\\frac{", "_hidden", "a name that is much too long for a legend", "fourth"]
+    figure = draw_parts(PARTS, dict.fromkeys(names, PARTS))
+    figure.draw_without_rendering()
+    legend = figure.legends[0]
+    assert [text.get_text() for text in legend.get_texts()] == [
+        "base", "author", "fine-tuned", "$\\frac{", "_hidden", "a name that is mu\u2026"]  # fmt: skip
+    assert not legend.get_window_extent().overlaps(figure.axes[0].get_tightbbox())
+    assert legend.get_window_extent().xmin >= 0
+    assert legend.get_window_extent().xmax <= figure.bbox.width
+    svg = render_svg(figure, "gap")
+    assert re.search(r"<text [^>]*>\$\\frac{</text>", svg)
+    assert "<b>" not in render_svg(draw_parts(PARTS, {"<b>": PARTS}), "gap")
+
+
+def test_without_parts_there_is_no_chart(report):
+    assert draw_gap(Report()) == draw_gap(Report(parts={"base": {}, "finetuned": {}})) == ""
+    assert draw_gap(Report(parts={"finetuned": PARTS}, judged=JUDGED)).count("mine") == 1
+    page = render_page("report.html", replace(report, parts=None))
+    assert "Share of the gap" in render_page("report.html", report)
+    assert "Share of the gap" not in page
 
 
 def test_curves_take_runs_without_copying_or_change():
@@ -243,6 +237,7 @@ def test_terminal_shows_no_control_characters_and_no_line_beyond_its_width(repor
 
 @pytest.mark.parametrize("width", [10, 20, 36])
 def test_a_very_narrow_terminal_cuts_no_figure_off(report, width):
+    report = replace(report, judged={f"a name of a file {i}": JUDGED["mine"] for i in range(9)})
     shown = render_terminal(report, width)
     assert "\u2026" not in shown
     for row in list_scores(report):
@@ -273,15 +268,16 @@ def visit(page, tmp_path, width, script):
 
 
 @pytest.mark.skipif(not CHROMIUM, reason="Chromium is not installed")
-@pytest.mark.parametrize("width", [360, 1280])
+@pytest.mark.parametrize("width", [390, 1200])
 @pytest.mark.parametrize("name", ["report.html", "quiz.html"])
-def test_in_a_browser_nothing_overflows_and_no_request_leaves(measured, tmp_path, name, width):
+def test_in_a_browser_nothing_overflows_and_no_request_leaves(report, tmp_path, name, width):
+    report = replace(report, judged=JUDGED | {"x" * 200: JUDGED["mine"]}, verdict=["y" * 200, *report.verdict])
     look = """{
         page: [document.documentElement.scrollWidth, innerWidth],
         wide: [...document.querySelectorAll('body *')].filter(e => !e.closest('.wide') && !e.closest('svg') &&
             e.getBoundingClientRect().right > innerWidth + 1).map(e => e.outerHTML.slice(0, 80)),
         title: document.title}"""
-    seen, asked = visit((measured / name).read_text(encoding="utf-8"), tmp_path, width, look)
+    seen, asked = visit(render_page(name, report), tmp_path, width, look)
     assert seen["title"]
     assert seen["page"][0] <= seen["page"][1] <= width
     assert seen["wide"] == []
@@ -296,15 +292,85 @@ def test_the_browser_would_show_a_request_and_an_overflow(tmp_path):
     assert "http://outside.invalid/x.png" in asked
 
 
+HEADLINE = """A small part of the way from the base model to the author (0.12 [0.03, 0.27]): it does not have the book's
+words (0.66), spelling (0.85) or sense (0.12); 5.5% of its words stand in neither book nor general text, of the
+author's 3.9%; but it copies."""
+SAMPLE = """one word, he went down the high road.
+
+"Nonsense!" exclaimed the giants, springing slowly toward the shore, and taking the tree to the spot where he had slept.
+
+"I wish for the three days, too."
+
+"The first thing will be there," said Manfred.
+
+"Yes, not"""
+
+
 @pytest.mark.skipif(not CHROMIUM, reason="Chromium is not installed")
-def test_the_quiz_counts(measured, tmp_path, report):
-    play = """(() => { const say = () => document.getElementById('result').textContent, out = [];
-        document.querySelector('button').click(); out.push(say());
-        document.querySelectorAll('fieldset').forEach((f, i) => f.querySelector(`input[value=${
-            i < 7 ? f.dataset.key : f.dataset.key === 'real' ? 'made' : 'real'}]`).click());
-        document.querySelector('button').click(); out.push(say()); return out; })()"""
-    (empty, full), _ = visit((measured / "quiz.html").read_text(encoding="utf-8"), tmp_path, 360, play)
+@pytest.mark.parametrize("width", [390, 1200])
+def test_the_first_screen_has_headline_chart_and_three_texts(report, tmp_path, width):
+    """With texts as long as the defaults give, and as many judged files as the chart shows."""
+    row = {"prompt": "Went aboard the barque Halcyon off Ansel Head at dusk on the thirtieth of October, seven",
+           "has_reference": True, "columns": {name: [[{"text": SAMPLE, "source": None}]] for name in report.parts},
+           }  # fmt: skip
+    report = replace(
+        report, verdict=[HEADLINE, *report.verdict], texts=[*report.texts[:1], row, *report.texts[1:]],
+        parts={"finetuned": PARTS}, judged={f"a name of a file {i}": JUDGED["mine"] for i in range(9)},
+    )  # fmt: skip
+    assert not report.texts[0]["has_reference"]
+    look = """{
+        headline: document.querySelector('h1').textContent,
+        shown: [...document.querySelector('.columns').querySelectorAll('.text')].map(e => e.textContent),
+        ends: ['h1', 'svg', '.columns'].map(what => document.querySelector(what).getBoundingClientRect().bottom),
+        tops: [...document.querySelector('.columns').children].map(e => e.getBoundingClientRect().top),
+        letters: [...document.querySelectorAll('.headline svg text')].map(e => e.getBoundingClientRect().height)}"""
+    seen, _ = visit(render_page("report.html", report), tmp_path, width, look)
+    assert seen["headline"] == HEADLINE
+    assert seen["shown"] == [SAMPLE] * 3
+    assert min(seen["letters"]) > 11  # pixels
+    headline, chart, texts = seen["ends"]
+    if width == 1200:
+        assert max(headline, chart, texts) <= 900
+        assert len(set(seen["tops"])) == 1  # side by side
+    else:
+        assert headline < chart < seen["tops"][0] < 844
+        assert seen["tops"] == sorted(set(seen["tops"]))  # below each other
+
+
+PLAY = """(() => {
+    const say = () => document.getElementById('result').textContent, out = [];
+    const tops = [...document.querySelector('.pair').children].map(e => e.getBoundingClientRect().top);
+    document.querySelector('button').click(); out.push(say());
+    const fieldsets = [...document.querySelectorAll('fieldset')], nSingles = fieldsets.length - 10;
+    fieldsets.forEach((f, i) => f.querySelector(
+        `input[value="${(i < nSingles ? i < 7 : i > nSingles) ? f.dataset.key : 1 - f.dataset.key}"]`).click());
+    document.querySelector('button').click(); out.push(say());
+    const wrong = [...document.querySelectorAll('.wrong')].map(f => fieldsets.indexOf(f));
+    return {tops, out, wrong, legends: fieldsets.map(f => f.querySelector('legend').textContent)}; })()"""
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="Chromium is not installed")
+@pytest.mark.parametrize("width", [390, 1200])
+def test_the_quiz_counts_singles_and_pairs(tmp_path, report, width):
+    """Of the singles, the first seven are answered right; of the pairs, all but the first."""
+    seen, _ = visit(render_page("quiz.html", report), tmp_path, width, PLAY)
+    empty, full = seen["out"]
     assert empty == "Answer all of them first."
-    low, high = (round(100 * share) for share in report.quiz_intervals[7])
-    assert full.startswith(f"7 of 10 right (95 % interval of your rate: {low} to {high}%).")
-    assert "does not show that you can tell them apart" in full
+    (low, high), (sharp_low, _) = ([round(100 * share) for share in report.quiz_intervals[n]] for n in (7, 9))
+    singles, pairs, last = full.splitlines()
+    assert singles.startswith(f"Single snippets: 7 of 10 right (95 % interval of your rate: {low} to {high}%).")
+    assert "does not show that you can tell them apart" in singles
+    assert pairs == f"Pairs: 9 of 10 right (95 % interval of your rate: {sharp_low} to 100%). You can tell them apart."
+    assert "sharper question" in last
+    assert seen["wrong"] == [7, 8, 9, 10]
+    written = ["the author" if item["is_real"] else "the model" for item in report.quiz]
+    written += [("the first", "the second")[pair["author"]] for pair in report.quiz_pairs]
+    assert seen["legends"] == [f"{number}: {who}" for number, who in enumerate(written, start=1)]
+    assert (seen["tops"][0] == seen["tops"][1]) == (width == 1200)
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="Chromium is not installed")
+def test_a_quiz_of_pairs_alone_counts(tmp_path, report):
+    seen, _ = visit(render_page("quiz.html", replace(report, quiz=[])), tmp_path, 1200, PLAY)
+    assert seen["out"][1].startswith("Pairs: 9 of 10 right")
+    assert "Single snippets" not in seen["out"][1]
