@@ -27,6 +27,7 @@ torch.set_num_threads(1)  # tiny models are faster so, and results do not depend
 
 def pytest_addoption(parser):
     parser.addoption("--full", action="store_true", help="the full counts of make soak, in place of the quick ones")
+    parser.addoption("--books", help="folder of .txt books to climb the ladder with, beside the sample book")
 
 
 @pytest.fixture(scope="session")
