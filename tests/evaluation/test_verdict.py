@@ -80,8 +80,9 @@ def check_headline(sentence, measured, unknown, author, faults):
         assert least <= closed["value"] <= most
     said = re.search(r"has the book's ([^;:]*?)(?:, not|;|\.$)", sentence)
     assert {part for part in PARTS if said and part in said[1]} == (set() if claims else good)
+    assert ("read by a/reader" in sentence) == ("sense" in measured)
     lacks = re.search(r"(?:not its|not have the book's) ([^;:]+)", sentence)
-    for part, value in re.findall(r"(words|spelling|sense) \((\d\.\d\d)\)", sentence):
+    for part, value in re.findall(r"(words|spelling|sense) \((\d\.\d\d)[,)]", sentence):
         assert float(value) == pytest.approx(measured[part]["value"], abs=0.0051)
     assert {part for part in PARTS if lacks and part in lacks[1]} == set(measured) - good
     left = re.search(r"; ([a-z, ]+) could not be measured", sentence)
@@ -209,17 +210,17 @@ GOOD, WEAK = interval(0.95, 0.7, 1.0), interval(0.39, 0.28, 0.51)
     ],
 )  # fmt: skip
 def test_the_weakest_part_decides(parts, faults, start, writes):
-    sentence, claim = describe_gap(parts, faults, 0.056, 0.036)
+    sentence, claim = describe_gap(parts, faults, 0.056, 0.036, "a/reader")
     assert claim is writes
     assert sentence is None if start is None else sentence.startswith(start)
 
 
 def test_a_headline_by_hand():
     parts = {"words": GOOD, "spelling": WEAK, "sense": interval(0.1, 0.0, 0.2)}
-    sentence, _ = describe_gap(parts, [], 0.056, 0.036)
+    sentence, _ = describe_gap(parts, [], 0.056, 0.036, "a/reader")
     assert sentence == (
         "A small part of the way from the base model to the author (0.10 [0.00, 0.20]): it has the book's words "
-        "(0.95), not its spelling (0.39) or sense (0.10); "
+        "(0.95), not its spelling (0.39) or sense (0.10, read by a/reader); "
         "5.6% of its words stand in neither book nor general text, of the author's 3.6%."
     )
 

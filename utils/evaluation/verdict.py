@@ -34,7 +34,7 @@ def judge(report: Report) -> Report:
     faults = [fault for name, fault in FAULTS.items() if flags[name]]
     if flags["learned_the_book"] is False:
         faults.append("its gain on unseen pages does not show it")
-    headline, writes = describe_gap((report.parts or {}).get("finetuned", {}), faults, *_unknown(report))
+    headline, writes = describe_gap((report.parts or {}).get("finetuned", {}), faults, *_unknown(report), report.reader)
     opening = [gain, headline] if flags["learned_the_book"] is False else [headline, gain]
     if report.other_book:
         opening.insert(0, "A control: the validation text is of another book than the model was trained on.")
@@ -66,7 +66,7 @@ def supports(share: dict[str, float]) -> bool:
 
 
 def describe_gap(
-    shares: dict[str, dict], faults: list[str], unknown: float | None, author_unknown: float | None
+    shares: dict[str, dict], faults: list[str], unknown: float | None, author_unknown: float | None, reader: str | None
 ) -> tuple[str | None, bool | None]:
     """Say how far the weakest part has come, and return whether all parts support "writes like the book".
 
@@ -74,37 +74,39 @@ def describe_gap(
         shares: the gap closed by each part that could be measured.
         faults: what else speaks against it.
         unknown: share of words that nobody wrote; author_unknown: the author's.
+        reader: name of the model that measured the sense.
     """
     if not shares:
         return None, None
     closed = min(shares.values(), key=lambda share: share["value"])
     interval = f"{closed['value']:.2f} [{closed['low']:.2f}, {closed['high']:.2f}]"
+    named = {part: f"{part} ({share['value']:.2f}{f', read by {reader}' if part == 'sense' else ''})"
+             for part, share in shares.items()}  # fmt: skip
     has = [part for part in PARTS if part in shares and supports(shares[part])]
     lacks = [part for part in PARTS if part in shares and part not in has]
-    unmeasured = [part for part in PARTS if part not in shares]
-    open_question = f"; {_join(unmeasured)} could not be measured" if unmeasured else ""
+    unmeasured = _join([part for part in PARTS if part not in shares])
+    closing = f"; {unmeasured} could not be measured." if unmeasured else "."
+    owned, missing = _join([named[part] for part in has]), _join([named[part] for part in lacks], "or")
     if not lacks and not faults and "sense" in has:
-        return (
-            f"It writes like the book: its {_join(has)} are as near to the author's as measurable ({interval})"
-            f"{open_question}.",
-            True,
-        )
-    amount = next(words for bound, words in AMOUNTS if closed["value"] <= bound)
-    own = _join([f"{part} ({shares[part]['value']:.2f})" for part in has])
-    missing = _join([f"{part} ({shares[part]['value']:.2f})" for part in lacks], "or")
-    clauses = [f"it has the book's {own}" if has else "it does not have the book's", missing]
-    clauses = [(", not its " if has else " ").join(filter(None, clauses))]
+        claim = "It writes like the book: it is as near to the author as can be measured"
+        return f"{claim} ({interval}), by {owned}{closing}", True
+    if has:
+        clauses = [f"it has the book's {owned}" + (f", not its {missing}" if lacks else "")]
+    else:
+        clauses = [f"it does not have the book's {missing}"]
     if "spelling" in lacks:
         clauses.append(f"{unknown:.1%} of its words stand in neither book nor general text, of the author's "
                        f"{author_unknown:.1%}")  # fmt: skip
+    if faults:
+        clauses.append(f"but {_join(faults)}")
+    amount = next(words for bound, words in AMOUNTS if closed["value"] <= bound)
     sentence = f"{amount} of the way from the base model to the author ({interval}): {'; '.join(clauses)}"
-    sentence += f"; but {_join(faults)}" if faults else ""
-    return f"{sentence}{open_question}.", None if not lacks and not faults else False
+    return sentence + closing, False if lacks or faults else None
 
 
-def _unknown(report: Report, name: str = "finetuned") -> tuple[float | None, float | None]:
+def _unknown(report: Report) -> tuple[float | None, float | None]:
     rates = report.unknown_words or {}
-    return rates.get(name), rates.get("reference")
+    return rates.get("finetuned"), rates.get("reference")
 
 
 def _judge_text(report: Report, figures: dict) -> dict:
@@ -113,16 +115,14 @@ def _judge_text(report: Report, figures: dict) -> dict:
     rate = figures["copy_rate"]
     copies = None if rate is None else rate > default_copy_rate(own or 0.0)
     faults = [f"{rate:.1%} of its tokens are copied"] if copies else []
-    sentence, writes = describe_gap(
-        figures.get("parts") or {}, faults, figures.get("unknown_words"), _unknown(report)[1]
-    )
+    unknown, author_unknown = figures.get("unknown_words"), _unknown(report)[1]
+    sentence, writes = describe_gap(figures.get("parts") or {}, faults, unknown, author_unknown, report.reader)
     if sentence is None:
         sentence = f"Not judged: {figures['missing']}." if figures.get("missing") else "No part could be measured."
         sentence = f"It copies: {faults[0]}. {sentence}" if copies else sentence
     empty = dict.fromkeys(("unknown_words", "delta", "reader_auc", "gap_closed"))
-    return (
-        empty | figures | {"copies": copies, "writes_like_the_book": False if copies else writes, "verdict": sentence}
-    )
+    writes = False if copies else writes
+    return empty | figures | {"copies": copies, "writes_like_the_book": writes, "verdict": sentence}
 
 
 def _describe_share(report: Report, part: str) -> str:
