@@ -26,6 +26,7 @@ SLOWER = [
     for name in (
         *("test_finetune_generative", "test_identity", "test_damage", "test_disk", "test_signals"),
         *("test_prepare_data", "data/test_blocks", "test_refusals", "evaluation/test_unseen"),
+        *(f"evaluation/test_{name}" for name in ("compare", "columns", "reader", "style", "bootstrap", "verdict")),
     )
 ]
 MUTATED = ["utils/storage.py", "utils/output_dir.py", "utils/training/checkpoint.py"]
@@ -99,6 +100,15 @@ GUARDS = [
     ("prepare_data.py", "        sweep(args.output_dir)\n", ""),
     ("utils/evaluation/unseen.py", "    if n_seen > (", "    if 0 > ("),
     ("generate_text.py", '    with lock(args.finetuned_model, "samples"):', "    if True:"),
+    ("utils/evaluation/style.py", "self.numbers.get(text, len(self.features[0]) + group)",
+     "len(self.features[0]) + group"),
+    ("utils/evaluation/style.py", "        size = min(len(c.texts) for c in beside), min(c.n_words for c in beside)\n",
+     "        size = len(column.texts), column.n_words\n"),
+    ("utils/evaluation/columns.py", "    kept = sorted(first.values())\n", "    kept = list(range(len(texts)))\n"),
+    ("utils/evaluation/reader.py", "counts = [total - part for total, part in zip(counts, own, strict=True)]", "pass"),
+    ("utils/evaluation/bootstrap.py", " or np.percentile((base.draws - redrawn) / gap, 2.5) < MIN_OWN_SHARE", ""),
+    ("utils/evaluation/verdict.py", ' and share["high"] >= 1', ""),
+    ("utils/evaluation/verdict.py", ' and not faults and "sense" in has', ' and "sense" in has'),
 ]  # fmt: skip
 
 

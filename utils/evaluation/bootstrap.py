@@ -7,7 +7,7 @@ from scipy.special import ndtri, stdtrit
 
 ROUNDS = 2000
 # A part is measured only where the author's texts, drawn again, get at least this share in 97.5 % of the draws.
-MIN_OWN_SHARE = 0.5
+MIN_OWN_SHARE = 1 / 3
 
 
 @dataclass(frozen=True)

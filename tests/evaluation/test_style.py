@@ -1,0 +1,68 @@
+"""Style: columns are compared with equal amounts, copies stay with their originals, the weakest part counts."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from utils.evaluation import style
+from utils.evaluation.bootstrap import Estimate
+from utils.evaluation.columns import Column
+from utils.evaluation.style import BookMeasures, describe_lack, judge_style, weakest
+
+
+def make_column(n_texts, n_words):
+    return Column([f"text {i} " + "word " * (n_words - 1) for i in range(n_texts)], [], list(range(n_texts)))
+
+
+@pytest.fixture
+def book():
+    """The measures of a book without the book: no model reads."""
+    book = BookMeasures.__new__(BookMeasures)
+    book.features, book.numbers = [np.zeros((5, 1))], {"window 3": 3}
+    book.read, book.seed, book.seeds = lambda texts: [np.zeros((len(texts), 1))], 0, {}
+    book.familiarity = SimpleNamespace(measure=lambda texts: np.zeros((len(texts), 1)))
+    return book
+
+
+def test_a_copied_window_stays_with_its_original(book, monkeypatch):
+    given = []
+    monkeypatch.setattr(style, "measure_auc", lambda *args: given.append(args))
+    book._measure_auc(Column(["a", "window 3", "b"], [], [0, 1, 0]), 2)
+    assert given[0][2].tolist() == [5, 3, 5]
+    assert given[0][3] == 2
+
+
+def test_draws_of_columns_do_not_move_together(book):
+    first, second = make_column(3, 4), make_column(3, 4)
+    assert book.seed_of(first) == book.seed_of(first) != book.seed_of(second)
+
+
+def test_columns_are_compared_with_equal_amounts(book):
+    columns = {"base": make_column(30, 50), "finetuned": make_column(20, 60), "reference": make_column(25, 40)}
+    judged, asked = make_column(12, 100), []
+
+    def measure(column, n_texts, n_words):
+        asked.append((n_texts, n_words))
+        value = {id(columns["base"]): 1.0, id(columns["reference"]): 0.0}.get(id(column), 0.25)
+        return dict.fromkeys(("delta", "unknown_words", "reader_auc"), Estimate(value, np.full(200, value)))
+
+    book.measure = measure
+    figures = judge_style(book, judged, columns)
+    assert asked == [(12, 1000)] * 3
+    assert figures["gap_closed"] == {"value": 0.75, "low": 0.75, "high": 0.75}
+    assert figures["parts"].keys() == {"words", "spelling", "sense"}
+    without = {name: columns[name] for name in ("base", "finetuned")}
+    assert judge_style(book, judged, without)["gap_closed"] is None  # nobody to compare with
+
+
+def test_the_weakest_part_counts():
+    shares = {name: {"value": value} for name, value in (("words", 0.9), ("spelling", 0.2), ("sense", 0.5))}
+    assert weakest(shares) == {"value": 0.2}
+    assert weakest({}) is None
+
+
+def test_what_a_column_lacks():
+    assert describe_lack(make_column(10, 150)) == ""
+    assert describe_lack(make_column(10, 149)) == "1,490 words in texts of 10 sources"
+    assert describe_lack(make_column(9, 500)) == "4,500 words in texts of 9 sources"
