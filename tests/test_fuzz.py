@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import inspect
 import io
+import itertools
 import json
 import re
 import resource
@@ -531,7 +532,9 @@ def test_command_lines(tmp_path, amount):
             return False
         found = json.loads(ended.out)
         # A word without a hyphen is one more value of the flag before it, or refused.
-        pairs = [(flag, value) for flag, value in pairs if flag[0] in "-_"]
+        following = itertools.pairwise([*pairs, ("-", None)])
+        pairs = [(flag, word if value is None and word[0] not in "-_" else value)
+                 for (flag, value), (word, _) in following if flag[0] in "-_"]  # fmt: skip
         last = {"--" + flag[2:].replace("_", "-"): value for flag, value in pairs}
         for flag, value in last.items():
             assert flag in FLAGS[name], flag

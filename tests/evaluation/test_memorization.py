@@ -98,9 +98,11 @@ def test_log_probs_of_a_decoding_are_the_warpers(decoding):
 
 def test_very_unlikely_tokens_keep_their_log_prob():
     logits = torch.tensor([[0.0, -500.0, -2000.0]])
-    assert decoding_log_probs(logits, Decoding(top_p=1.0)).tolist() == [[0.0, -500.0, -2000.0]]
-    assert decoding_log_probs(logits, Decoding(top_p=0.9)).tolist() == [[0.0, -math.inf, -math.inf]]
-    equal = decoding_log_probs(torch.tensor([[2.0, 1.0, 1.0, 0.0]]), Decoding(top_k=2, top_p=1.0))  # both or none
+    assert decoding_log_probs(logits, Decoding(temperature=1.0, top_p=1.0)).tolist() == [[0.0, -500.0, -2000.0]]
+    assert decoding_log_probs(logits, Decoding(temperature=1.0, top_p=0.9)).tolist() == [[0.0, -math.inf, -math.inf]]
+    equal = decoding_log_probs(
+        torch.tensor([[2.0, 1.0, 1.0, 0.0]]), Decoding(temperature=1.0, top_k=2, top_p=1.0)
+    )  # both or none
     assert equal.exp().tolist()[0] == pytest.approx([0.5761, 0.2119, 0.2119, 0], abs=1e-4)
 
 
