@@ -236,11 +236,12 @@ def draw_samples(args, models, tokenizer, prompts, guard, autocast):
     return sorted(samples, key=lambda row: (row["model"], order[row["prompt"]], row["sample_index"]))
 
 
-def load_reader(args, models, tokenizer, device):
+def load_reader(args, folders, models, tokenizer, device):
     """Return the model that reads the texts, and its tokenizer: the base, unless --reader-model names another."""
-    if not args.reader_model:
+    folder = locate_model(args.reader_model, "reader model") if args.reader_model else folders["base"]
+    if folder.resolve() == folders["base"].resolve():
         return models["base"], tokenizer
-    model, own_tokenizer = load_pair(locate_model(args.reader_model, "reader model"))
+    model, own_tokenizer = load_pair(folder)
     use_fast_layers(model.to(device), device)
     return model, own_tokenizer
 
@@ -252,6 +253,8 @@ def open_judged(args, data, tokenizer):
         raise UserError("--judge needs the training text, and measures; give --data-dir, leave out --no-measure")
     stems = [path.stem for path in paths]
     for stem in stems:
+        if not stem.isprintable():
+            raise UserError(f"--judge: {stem!r} has characters that cannot be printed; rename the file")
         if stems.count(stem) > 1:
             raise UserError(f"--judge: two files are called {stem}; rename one")
     return {path.stem: column_of_file(path, tokenizer, args.max_new_tokens) for path in paths}
@@ -307,7 +310,7 @@ def main(args):
             if data:
                 check_fit(model, data)
             use_fast_layers(model.to(device), device)
-        reader, reader_tokenizer = load_reader(args, models, tokenizer, device)
+        reader, reader_tokenizer = load_reader(args, folders, models, tokenizer, device)
         judged = open_judged(args, data, tokenizer)
         settings = describe_settings(args, base_name, folders, data, dtype)
 
@@ -327,7 +330,7 @@ def main(args):
         texts, sources = compare.arrange_texts(prompts, samples, data, tokenizer)
         report = judge(Report(settings=settings, books=data.manifest["books"] if data else [],
                               other_book=is_other_book, missing=missing + reasons, n_samples=len(samples),
-                              reader=settings["reader_model"], reader_is_base=settings["reader_model"] == base_name,
+                              reader=settings["reader_model"], reader_is_base=reader is models["base"],
                               shown_ngram=compare.SHOWN_NGRAM, texts=texts, sources=sources, **figures))  # fmt: skip
         write_report(args.finetuned_model, lines, report)
     print_table("comparison", [entry for entry in settings.items() if not entry[0].endswith("_sha256")])

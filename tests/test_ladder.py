@@ -32,7 +32,9 @@ def hold_out(text):
     """Split a text at blank lines; return nine tenths of it, and the pages between."""
     paragraphs = re.split(r"(?<=\n\n)", text)
     parts = [paragraphs[len(paragraphs) * i // N_PARTS : len(paragraphs) * (i + 1) // N_PARTS] for i in range(N_PARTS)]
-    kept, unseen = ["".join(sum((parts[i] for i in range(N_PARTS) if (i in UNSEEN) == out), [])) for out in (0, 1)]
+    kept, unseen = (
+        "".join("".join(part) for i, part in enumerate(parts) if (i in UNSEEN) == is_out) for is_out in (False, True)
+    )
     return kept, unseen
 
 

@@ -46,10 +46,10 @@ def test_rows_of_jsonl_are_grouped_by_their_prompt(tmp_path):
     path = tmp_path / "friend.jsonl"
     rows = [{"text": "a\u2028b", "prompt": "p"}, {"text": "c"}, {"text": "d", "prompt": "p"}]
     path.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n\n", encoding="utf-8")
-    assert read_judged(path) == [("a\u2028b", "p"), ("c", "2"), ("d", "p")]
+    assert read_judged(path) == [("a\u2028b", "p"), ("c", 2), ("d", "p")]
 
 
-@pytest.mark.parametrize("line", ["{", '{"txt": "a"}', '"a"', '{"text": 3}', "null"])
+@pytest.mark.parametrize("line", ["{", '{"txt": "a"}', '"a"', '{"text": 3}', "null", r'{"text": "\ud83d"}'])
 def test_a_row_without_a_text_is_refused(tmp_path, line):
     path = tmp_path / "friend.jsonl"
     path.write_text('{"text": "a"}\n' + line + "\n")

@@ -169,7 +169,7 @@ def test_no_sentence_is_false(report):
             assert {name: float(v) / scale for name, v in shown.items()} == pytest.approx(values, abs=0.0051)
             closed = re.search(r"([\d.]+) \[([\d.]+), ([\d.]+)\] of the gap closed", sentence)
             assert bool(closed) == (part in measured)
-            assert ("near each other" in sentence) == (part not in measured and "reference" in values)
+            assert ("does not exceed its noise" in sentence) == (part not in measured and "reference" in values)
             if closed:
                 expected = [measured[part][key] for key in ("value", "low", "high")]
                 assert [float(v) for v in closed.groups()] == pytest.approx(expected, abs=0.0051)

@@ -24,6 +24,7 @@ class Column:
     texts: list[str]
     ids: list[np.ndarray]
     groups: list[int]
+    name: str = ""  # its resampling has a seed of its own
     n_dropped: int = 0  # equal to another, empty, or the rest of a text
 
     @functools.cached_property
@@ -36,12 +37,12 @@ class Column:
         return sum(map(len, self.words))
 
 
-def build_column(texts: list[str], ids: list[np.ndarray], groups: list[int]) -> Column:
+def build_column(texts: list[str], ids: list[np.ndarray], groups: list[int], name: str = "") -> Column:
     """Return the texts that are not empty, each once: a copy would count twice and stand on both sides of a test."""
     first = {text: index for index, text in reversed(list(enumerate(texts))) if text.strip()}
     kept = sorted(first.values())
     chosen = ([values[i] for i in kept] for values in (texts, ids, groups))
-    return Column(*chosen, n_dropped=len(texts) - len(kept))
+    return Column(*chosen, name, n_dropped=len(texts) - len(kept))
 
 
 def build_columns(samples: list[dict], data: Blocks, tokenizer, length: int) -> dict[str, Column]:
@@ -49,7 +50,9 @@ def build_columns(samples: list[dict], data: Blocks, tokenizer, length: int) -> 
     columns = {name: column_of_samples(samples, name) for name in ("base", "finetuned")}
     windows = data.windows("validation", length, N_WINDOWS) or data.segments("validation")  # no segment is as long
     if windows:
-        columns["reference"] = build_column(tokenizer.batch_decode(windows), windows, list(range(len(windows))))
+        columns["reference"] = build_column(
+            tokenizer.batch_decode(windows), windows, list(range(len(windows))), "reference"
+        )
     return columns
 
 
@@ -58,21 +61,22 @@ def column_of_samples(samples: list[dict], model: str) -> Column:
     rows = [sample for sample in samples if sample["model"] == model]
     prompts = {prompt: number for number, prompt in enumerate(dict.fromkeys(row["prompt"] for row in rows))}
     ids = [np.array(row["generated_ids"], np.int64) for row in rows]
-    return build_column([row["text"] for row in rows], ids, [prompts[row["prompt"]] for row in rows])
+    return build_column([row["text"] for row in rows], ids, [prompts[row["prompt"]] for row in rows], model)
 
 
 def read_judged(path: Path) -> list[tuple[str, object]]:
     """Read the texts of a file, each with its group: rows of .jsonl with "text", or text with lines of --- between."""
     whole = read_book(path)[0]
-    if path.suffix != ".jsonl":
+    if path.suffix.lower() != ".jsonl":
         return [(text.strip("\n"), number) for number, text in enumerate(SEPARATOR.split(whole))]
     rows = []
     for number, line in enumerate(whole.split("\n"), start=1):
         if line.strip():
             try:
                 row = json.loads(line)
-                rows.append((row["text"].strip("\n"), str(row.get("prompt", number))))
-            except (ValueError, KeyError, TypeError, AttributeError):
+                row["text"].encode()  # half of a surrogate pair is no text
+                rows.append((row["text"].strip("\n"), row.get("prompt") or number))
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 raise UserError(f'{path}: line {number} is not a JSON object with a "text"') from None
     return rows
 
@@ -92,4 +96,4 @@ def column_of_file(path: Path, tokenizer, length: int) -> Column:
             texts.append("" if start and 2 * len(part) < length else tokenizer.decode(part))
             ids.append(part)
             groups.append(len(ids) if len(rows) == 1 else numbers[group])
-    return build_column(texts, ids, groups)
+    return build_column(texts, ids, groups, f"judged/{path.stem}")

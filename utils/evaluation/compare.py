@@ -17,7 +17,16 @@ from utils.evaluation.columns import Column
 from utils.evaluation.generation import Decoding
 from utils.evaluation.loss import blocks_per_pass, cut_blocks, measure_gain, score_blocks, summarize_loss
 from utils.evaluation.memorization import default_copy_rate, measure_coverage, measure_extraction
-from utils.evaluation.style import MIN_TEXTS, BookMeasures, compare_style, describe_lack, judge_style, sample_book
+from utils.evaluation.style import (
+    MIN_TEXTS,
+    MIN_WINDOWS,
+    BookMeasures,
+    compare_style,
+    describe_lack,
+    describe_shortness,
+    judge_style,
+    sample_book,
+)
 
 MODELS = ("base", "finetuned")
 PREFIX_TOKENS, N_EXTRACTIONS = 32, 50
@@ -116,15 +125,19 @@ def compare_texts(
     }  # fmt: skip
     need = f"words, spelling and sense need {stylometry.MIN_WORDS:,} words in texts of {MIN_TEXTS} sources"
     lacking = [f"{name} has {lack}" for name, column in columns.items() if (lack := describe_lack(column))]
+    n_windows = len(data.window_starts("train", window_tokens, MIN_WINDOWS))
+    if n_windows < MIN_WINDOWS:
+        lacking.append(f"training text has {n_windows} windows as long as a sample, {MIN_WINDOWS} are needed")
     measures = None if lacking else BookMeasures(data, tokenizer, control, window_tokens, read, seed)
     if measures is None or not measures.profile.words:
         why = f"{need}: {', '.join(lacking)}" if lacking else "words: no frequent word of the book varies in its rate"
+        for figures in fields["judged"].values():
+            figures["missing"] = why
         return fields, [why]
     for name, column in judged.items():
-        lack = describe_lack(column)
-        fields["judged"][name] |= (
-            {"missing": f"{need}; it has {lack}"} if lack else judge_style(measures, column, columns)
-        )
+        lack = describe_lack(column) or describe_shortness(column, window_tokens)
+        figures = {"missing": f"{need}; it has {lack}"} if lack else judge_style(measures, column, columns)
+        fields["judged"][name] |= figures
     return fields | compare_style(measures, columns), []
 
 

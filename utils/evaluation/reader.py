@@ -23,6 +23,7 @@ NGRAMS = (1, 2, 3, 4)  # tokens
 NEIGHBORHOOD = 300  # tokens around a window of training that do not count as elsewhere: one scene, the same names
 FOLDS, FOLDINGS, REFITS = 5, 5, 300
 RIDGE = 1.0
+PASS_TOKENS = 4096  # per forward pass, to bound the memory of its logits
 
 
 @torch.no_grad()
@@ -34,6 +35,8 @@ def read_texts(model, tokenizer, texts: list[str], batch_size: int, autocast: Ca
         median and maximum of the surprise in nats per token.
     """
     limit, hidden, surprise = position_limit(model.config.to_dict()), [], []
+    longest = max((len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]), default=1)
+    batch_size = max(1, min(batch_size, PASS_TOKENS // min(longest or 1, limit or longest)))
     for start in tqdm(range(0, len(texts), batch_size), desc="reading", unit="batch", delay=2, leave=False):
         rows = tokenizer(texts[start : start + batch_size], add_special_tokens=False)["input_ids"]
         # Of a single token no surprise is known: it stands twice.

@@ -4,12 +4,13 @@ How far a column has come on the way from the base model to the author is measur
 """
 
 import functools
+import zlib
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from utils.data.blocks import Blocks
+from utils.data.blocks import Blocks, pick_evenly
 from utils.evaluation import stylometry
 from utils.evaluation.bootstrap import Estimate, measure_gap_closed
 from utils.evaluation.columns import N_WINDOWS, Column
@@ -18,6 +19,7 @@ from utils.evaluation.reader import Familiarity, measure_auc
 PARTS = {"words": "delta", "spelling": "unknown_words", "sense": "reader_auc"}
 HIGHEST = {"unknown_words": 1, "reader_auc": 1}
 MIN_TEXTS = 10  # of different groups, for a classifier
+MIN_WINDOWS = 25  # of training text, for five folds
 BOOK_TOKENS, BOOK_WINDOW = 2_000_000, 1000  # of a longer training text, windows of this many tokens in all are read
 
 
@@ -35,6 +37,12 @@ def describe_lack(column: Column) -> str:
     if column.n_words >= stylometry.MIN_WORDS and n_groups >= MIN_TEXTS:
         return ""
     return f"{column.n_words:,} words in texts of {n_groups} sources"
+
+
+def describe_shortness(column: Column, length: int) -> str:
+    """Say that texts are much shorter than a sample of `length` tokens: the reader would tell them by that alone."""
+    usual = int(np.median([len(ids) for ids in column.ids]))
+    return f"texts of {usual} tokens, where a sample has {length}" if 2 * usual < length else ""
 
 
 class BookMeasures:
@@ -57,17 +65,23 @@ class BookMeasures:
         windows = tokenizer.batch_decode([data.ids("train")[start : start + length] for start in starts])
         self.numbers = {window: number for number, window in enumerate(windows)}
         self.features = [*read(windows), self.familiarity.measure(windows, starts, length)]
-        self.seeds, self.measure_auc = {}, functools.cache(self._measure_auc)
+        self.measure_auc, self.read_column = functools.cache(self._measure_auc), functools.cache(self._read_column)
 
     def seed_of(self, column: Column) -> int:
         """Return a seed of the column's own: draws of two columns must not move together."""
-        return self.seeds.setdefault(column, (self.seed + 1000 * len(self.seeds)) % 2**32)
+        return (self.seed + zlib.crc32(column.name.encode())) % 2**32
 
     def _measure_auc(self, column: Column, n_texts: int) -> Estimate:
-        features = [*self.read(column.texts), self.familiarity.measure(column.texts)]
-        groups = [self.numbers.get(text, len(self.features[0]) + group)  # a copied window stays with its original
-                  for text, group in zip(column.texts, column.groups, strict=True)]  # fmt: skip
-        return measure_auc(self.features, features, np.array(groups), n_texts, self.seed_of(column))
+        features, groups = self.read_column(column)
+        return measure_auc(self.features, features, groups, min(n_texts, len(groups)), self.seed_of(column))
+
+    def _read_column(self, column: Column) -> tuple[list[np.ndarray], np.ndarray]:
+        """Return the reader's features and the groups of a column, of no more texts than there may be windows."""
+        chosen = pick_evenly(range(len(column.texts)), N_WINDOWS)
+        texts = [column.texts[i] for i in chosen]
+        groups = [self.numbers.get(text, len(self.features[0]) + column.groups[i])  # a copy stays with its original
+                  for i, text in zip(chosen, texts, strict=True)]  # fmt: skip
+        return [*self.read(texts), self.familiarity.measure(texts)], np.array(groups)
 
     def measure(self, column: Column, n_texts: int, n_words: int) -> dict[str, Estimate]:
         """Return delta, cosine_delta, unknown_words and reader_auc of a column."""

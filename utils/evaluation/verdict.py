@@ -130,7 +130,7 @@ def _describe_share(report: Report, part: str) -> str:
         return ""
     share = report.parts["finetuned"].get(part)
     if share is None:
-        return "; base and author are too near each other to measure the gap"
+        return "; the gap between base and author does not exceed its noise"
     return "; {value:.2f} [{low:.2f}, {high:.2f}] of the gap closed".format(**share)
 
 
@@ -208,7 +208,10 @@ def _judge_memorization(report: Report) -> tuple[str | None, bool | None]:
         most = max(train["extractable"], key=int)
         share, base = (report.extraction[name]["train"]["extractable"][most] for name in ("finetuned", "base"))
         case += f"; {int(most):,} samples each are likely to hold {share:.0%} of them (the base model's {base:.0%})"
-    return f"It recites: {case}. Do not share it." if memorized else f"It does not recite: {case}.", memorized
+    if memorized:
+        return f"It recites: {case}. Do not share it.", True
+    extractable = "extractable" in train and share >= MEMORIZES and share > base
+    return f"It {'does not recite at once, but can be made to' if extractable else 'does not recite'}: {case}.", False
 
 
 def _judge_forgetting(report: Report) -> tuple[str | None, bool | None]:
