@@ -38,11 +38,7 @@ def parse_args(argv=None):
     add("--base-model", help="hub name or folder (default: the model that the fine-tuning started from)")
     add("--data-dir", type=Path, help="prepared folder with the validation text (default: the fine-tuning's)")
     add("--control-path", type=Path, default=CONTROL, metavar="FILE", help="general text, to measure forgetting")
-    add(
-        "--reader-model",
-        metavar="NAME",
-        help="hub name or folder of the model that reads the texts (default: the base)",
-    )
+    add("--reader-model", metavar="NAME", help="hub name or folder of the model that reads texts (default: the base)")
     add("--judge", type=Path, nargs="+", metavar="FILE",
         help='texts from elsewhere to measure: .jsonl rows with "text", or text with lines of --- between')  # fmt: skip
     add("--measure", action=argparse.BooleanOptionalAction, default=True, help="--no-measure: samples only")
@@ -226,9 +222,9 @@ def draw_samples(args, models, tokenizer, prompts, guard, autocast):
                 new = generate_ids(model, tokenizer.eos_token_id, ids, some, decoding, autocast, guard)
                 for prompt, seed, new_ids in zip(batch, some, new, strict=True):
                     text = tokenizer.decode(new_ids)
-                    if text not in texts:  # a copy would be measured once
+                    if (name, text) not in texts:  # copies are measured once
                         n_words[name] += len(stylometry.split_words(text))
-                    texts.add(text)
+                    texts.add((name, text))
                     samples.append({"prompt": prompt["prompt"], "model": name, "sample_index": index, "seed": seed,
                                     "prompt_ids": prompt["prompt_ids"], "generated_ids": new_ids,
                                     "text": text})  # fmt: skip

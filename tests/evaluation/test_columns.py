@@ -44,9 +44,10 @@ def test_text_files_are_cut_at_lines_of_hyphens(tmp_path):
 
 def test_rows_of_jsonl_are_grouped_by_their_prompt(tmp_path):
     path = tmp_path / "friend.jsonl"
-    rows = [{"text": "a\u2028b", "prompt": "p"}, {"text": "c"}, {"text": "d", "prompt": "p"}]
+    rows = [{"text": "a\u2028b", "prompt": "p"}, {"text": "c"}, {"text": "d", "prompt": "p"},
+            {"text": "e", "prompt": 2}, {"text": "f", "prompt": [1]}, {"text": "g", "prompt": ""}]  # fmt: skip
     path.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n\n", encoding="utf-8")
-    assert read_judged(path) == [("a\u2028b", "p"), ("c", 2), ("d", "p")]
+    assert read_judged(path) == [("a\u2028b", "p"), ("c", 2), ("d", "p"), ("e", 4), ("f", 5), ("g", "")]
 
 
 @pytest.mark.parametrize("line", ["{", '{"txt": "a"}', '"a"', '{"text": 3}', "null", r'{"text": "\ud83d"}'])

@@ -254,7 +254,7 @@ def test_a_small_book_gets_the_report_that_is_possible(prepared, tiny_model, scr
     assert "delta" not in report
     assert report["copy_rate"]["reference"]["8"] > 0
     assert "style_gain" in report
-    assert any("1,500 words" in reason and "reference has" in reason for reason in report["missing"])
+    assert any("1,500 words" in reason and "reference: " in reason for reason in report["missing"])
     assert "not measured" in ran.out
     assert "1,500 words" in (tmp_path / "tuned" / "report.html").read_text()
 
@@ -424,7 +424,7 @@ def test_samples_longer_than_any_validation_segment_are_measured(large, reported
     part, missing = compare_texts(columns, {}, data, tokenizer, "", length, None, seed=1)
     assert part["copy_rate"]["reference"]["8"] > 0
     assert "delta" not in part
-    assert any("reference has" in reason for reason in missing)
+    assert any("reference: " in reason for reason in missing)
 
 
 def test_a_book_whose_words_never_vary_has_no_word_profile(large, reported, monkeypatch):
@@ -436,7 +436,7 @@ def test_a_book_whose_words_never_vary_has_no_word_profile(large, reported, monk
     columns = build_columns(rows, data, tokenizer, 30)
     part, missing = compare_texts(columns, {}, data, tokenizer, "", 30, lambda texts: [], seed=1)
     assert "delta" not in part
-    assert missing == ["words: no frequent word of the book varies in its rate"]
+    assert missing == ["words, spelling and sense: no frequent word of the book varies in its rate"]
 
 
 def judge(script, large, *files):
@@ -471,7 +471,7 @@ def test_texts_from_elsewhere_are_measured_beside(large, reported, script, tmp_p
     assert judged["base"]["writes_like_the_book"] is False
     assert judged["note"]["delta"] is None
     assert "1,200 words" in judged["note"]["missing"]
-    assert re.search(r"it has 5\d words in texts of \d sources", judged["note"]["missing"])
+    assert re.search(r"there are 5\d words of \d$", judged["note"]["missing"])
     page = (large / "model/report.html").read_text(encoding="utf-8")
     for name in judged:
         assert f"<th>{name}</th>" in page

@@ -10,9 +10,10 @@ from sklearn.linear_model import Ridge
 from sklearn.metrics import roc_auc_score
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from utils.evaluation import reader
-from utils.evaluation.ngrams import hash_ngrams
-from utils.evaluation.reader import Familiarity, count_hashes, measure_auc, read_texts
+from utils.evaluation import ngrams, reader
+from utils.evaluation.ngrams import count_hashes, hash_ngrams
+from utils.evaluation.reader import Familiarity, measure_auc, read_texts
+from utils.evaluation.stylometry import split_words
 from utils.model.loading import autocast
 
 FP32 = lambda: autocast(torch.device("cpu"), "fp32")  # noqa: E731
@@ -44,7 +45,7 @@ def test_features_equal_a_plain_loop(tiny):
 
 @pytest.mark.parametrize("chunk", [7, 1000])
 def test_counts_of_ngrams_equal_a_scan(chunk, monkeypatch):
-    monkeypatch.setattr(reader, "CHUNK", chunk)
+    monkeypatch.setattr(ngrams, "CHUNK", chunk)
     rng = np.random.default_rng(0)
     train, texts = rng.integers(0, 4, 60), [rng.integers(0, 5, n) for n in (9, 2, 0)]
     for n in (1, 3):
@@ -63,7 +64,7 @@ def test_a_window_of_training_is_not_known_by_its_own_neighborhood(tiny, monkeyp
     ids = np.array(tokenizer(text)["input_ids"])
     start = len(tokenizer(book * 3)["input_ids"])
     length = len(tokenizer(rare)["input_ids"])
-    familiarity = Familiarity(ids, text, True, {"hat"}, tokenizer)
+    familiarity = Familiarity(ids, split_words(text), True, {"hat"}, tokenizer)
     window = tokenizer.decode(ids[start : start + length])
     inside = familiarity.measure([window], [start], length)[0]
     outside = familiarity.measure([window, "a hat", "Ada slept."])
@@ -83,7 +84,8 @@ def test_a_sample_of_the_book_has_no_neighborhood_of_words(tiny):
     window = [tokenizer.decode(ids)]
     for is_whole, unknown in ((True, 1.0), (False, 0.0)):
         assert (
-            Familiarity(ids, "zyx slept.", is_whole, set(), tokenizer).measure(window, [0], len(ids))[0][-1] == unknown
+            Familiarity(ids, ["zyx", "slept"], is_whole, set(), tokenizer).measure(window, [0], len(ids))[0][-1]
+            == unknown
         )
 
 

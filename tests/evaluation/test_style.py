@@ -9,11 +9,12 @@ import pytest
 from utils.evaluation import style
 from utils.evaluation.bootstrap import Estimate
 from utils.evaluation.columns import Column
-from utils.evaluation.style import BookMeasures, describe_lack, describe_shortness, judge_style, weakest
+from utils.evaluation.style import BookMeasures, describe_lack, judge_style, weakest
 
 
 def make_column(n_texts, n_words):
-    return Column([f"text {i} " + "word " * (n_words - 1) for i in range(n_texts)], [], list(range(n_texts)))
+    return Column([f"text {i} " + "word " * (n_words - 1) for i in range(n_texts)],
+                  [np.zeros(40)] * n_texts, list(range(n_texts)))  # fmt: skip
 
 
 @pytest.fixture
@@ -65,13 +66,14 @@ def test_the_weakest_part_counts():
 
 
 def test_what_a_column_lacks():
-    assert describe_lack(make_column(10, 150)) == ""
-    assert describe_lack(make_column(10, 149)) == "1,490 words in texts of 10 sources"
-    assert describe_lack(make_column(9, 500)) == "4,500 words in texts of 9 sources"
+    assert describe_lack(make_column(10, 150), 40) == ""
+    need = "1,500 words in texts of 10 sources are needed, there are"
+    assert describe_lack(make_column(10, 149), 40) == f"{need} 1,490 words of 10"
+    assert describe_lack(make_column(9, 500), 40) == f"{need} 4,500 words of 9"
 
 
 def test_texts_much_shorter_than_a_sample_are_named():
     """The author's own pages in pieces of 15 tokens had an AUC of 1.00: their length alone tells them."""
-    column = Column(["a", "b", "c"], [np.zeros(n) for n in (10, 15, 75)], [0, 1, 2])
-    assert describe_shortness(column, 75) == "texts of 15 tokens, where a sample has 75"
-    assert describe_shortness(column, 30) == ""
+    column = make_column(10, 150)
+    assert describe_lack(column, 80) == ""
+    assert describe_lack(column, 81) == "texts of 40 tokens would be told from windows of 81 by their length alone"

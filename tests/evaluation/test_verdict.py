@@ -49,9 +49,10 @@ def reports(draw):
         book_gain=maybe(gain), control_gain=draw(gain), style_gain=maybe(gain), forgetting_percent=maybe(bits),
         copy_rate={name: {"8": draw(rate)} for name in names},
         longest_copy={"finetuned": {"tokens": draw(st.integers(0, 500))}},
-        extraction=maybe(st.fixed_dictionaries({"finetuned": st.fixed_dictionaries({
-            split: st.fixed_dictionaries({"exact_match": rate, "prefixes": st.just(50), "tokens": st.just(32)})
-            for split in ("train", "validation")})})),
+        extraction=maybe(st.fixed_dictionaries({name: st.fixed_dictionaries({split: st.fixed_dictionaries({
+            "exact_match": rate, "prefixes": st.just(50), "tokens": st.just(32),
+            "extractable": st.fixed_dictionaries({"1": st.just(0.0), "10000": rate})})
+            for split in ("train", "validation")}) for name in ("base", "finetuned")})),
         repetition={"finetuned": {"loops": maybe(rate)}},
         delta={name: draw(st.floats(0, 3)) for name in names} if styled else None,
         unknown_words={name: draw(rate) for name in names} if styled else None,
@@ -88,7 +89,7 @@ def check_headline(sentence, measured, unknown, author, faults):
     left = re.search(r"; ([a-z, ]+) could not be measured", sentence)
     assert {part for part in PARTS if left and part in left[1]} == set(PARTS) - set(measured)
     words = re.search(
-        r"([\d.]+%) of its words stand in neither book nor general text, of the author's ([\d.]+%)", sentence
+        r"([\d.]+%) of its words \(the author: ([\d.]+%)\) stand in neither book nor general text", sentence
     )
     assert bool(words) == ("spelling" in measured and "spelling" not in good)
     if words:
@@ -118,6 +119,16 @@ def test_no_sentence_is_false(report):
     if recites:
         assert train >= 0.1
         assert train > report.extraction["finetuned"]["validation"]["exact_match"]
+    if report.extraction:
+        sentence = recites or find(verdict, "It does not recite")
+        drawn = {name: report.extraction[name]["train"]["extractable"]["10000"] for name in ("base", "finetuned")}
+        shown = re.search(r"continues (\d+%) of .* hold (\d+%) of them \(the base model's (\d+%)\)", sentence).groups()
+        assert [percent(text) for text in shown] == pytest.approx(
+            [train, drawn["finetuned"], drawn["base"]], abs=0.0051
+        )
+        if not recites:
+            hidden = drawn["finetuned"] >= 0.1 and drawn["finetuned"] > drawn["base"]
+            assert ("can be made to" in sentence) == hidden
 
     change = report.forgetting_percent
     if change is not None:
@@ -221,7 +232,7 @@ def test_a_headline_by_hand():
     assert sentence == (
         "A small part of the way from the base model to the author (0.10 [0.00, 0.20]): it has the book's words "
         "(0.95), not its spelling (0.39) or sense (0.10, read by a/reader); "
-        "5.6% of its words stand in neither book nor general text, of the author's 3.6%."
+        "5.6% of its words (the author: 3.6%) stand in neither book nor general text."
     )
 
 
@@ -229,13 +240,14 @@ def figures(gain=(0.2, 0.3), book=(0.3, 0.4), copied=0.05, own=0.04, extracted=0
     def between(low, high):
         return {"value": (low + high) / 2, "low": low, "high": high}
 
-    extraction = {"train": {"exact_match": extracted, "prefixes": 50, "tokens": 32}, "validation": {"exact_match": 0.0}}
+    train = {"exact_match": extracted, "prefixes": 50, "tokens": 32, "extractable": {"10000": 0.0}}
+    extraction = {"train": train, "validation": {"exact_match": 0.0}}
     return Report(**{
         "style_gain": between(*gain), "book_gain": between(*book), "control_gain": between(-0.1, 0.0),
         "forgetting_percent": forgot,
         "copy_rate": {"finetuned": {"8": copied}, "reference": {"8": own}},
         "longest_copy": {"finetuned": {"tokens": 21}},
-        "extraction": {"finetuned": extraction}, "repetition": {"finetuned": {"loops": loops}},
+        "extraction": {"base": extraction, "finetuned": extraction}, "repetition": {"finetuned": {"loops": loops}},
     })  # fmt: skip
 
 
@@ -246,7 +258,7 @@ def test_verdict_of_a_healthy_run():
         "It copies little: 5.0% of its tokens lie in n-grams of 8 or more tokens of the training text, the longest "
         "span has 21 tokens; the author's own unseen pages have 4.0%.",
         "It does not recite: given the beginnings of 50 training blocks, it continues 0% of them word for word for "
-        "32 tokens.",
+        "32 tokens; 10,000 samples each are likely to hold 0% of them (the base model's 0%).",
         "It forgot little: general text costs 4.0% more bits than before.",
     ]
     assert judged.flags == {"learned_the_book": True, "copies": False, "memorized": False, "forgot": False,

@@ -75,7 +75,8 @@ def read_judged(path: Path) -> list[tuple[str, object]]:
             try:
                 row = json.loads(line)
                 row["text"].encode()  # half of a surrogate pair is no text
-                rows.append((row["text"].strip("\n"), row.get("prompt") or number))
+                prompt = row.get("prompt")
+                rows.append((row["text"].strip("\n"), prompt if isinstance(prompt, str) else number))
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 raise UserError(f'{path}: line {number} is not a JSON object with a "text"') from None
     return rows

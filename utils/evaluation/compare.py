@@ -17,16 +17,7 @@ from utils.evaluation.columns import Column
 from utils.evaluation.generation import Decoding
 from utils.evaluation.loss import blocks_per_pass, cut_blocks, measure_gain, score_blocks, summarize_loss
 from utils.evaluation.memorization import default_copy_rate, measure_coverage, measure_extraction
-from utils.evaluation.style import (
-    MIN_TEXTS,
-    MIN_WINDOWS,
-    BookMeasures,
-    compare_style,
-    describe_lack,
-    describe_shortness,
-    judge_style,
-    sample_book,
-)
+from utils.evaluation.style import MIN_WINDOWS, BookMeasures, compare_style, describe_lack, judge_style, sample_book
 
 MODELS = ("base", "finetuned")
 PREFIX_TOKENS, N_EXTRACTIONS = 32, 50
@@ -97,7 +88,7 @@ def compare_texts(
         window_tokens: tokens per window of training text, as in a sample.
         read: returns the reader's features of texts.
     """
-    train, book = data.ids("train"), sample_book(data, tokenizer)[0]
+    train, (book, is_whole) = data.ids("train"), sample_book(data, tokenizer)
     joined = {name: "\n".join(column.texts) for name, column in columns.items()} | {"book": book}
     book_words = stylometry.split_words(book)
     # Longer text has fewer new words: equal amounts are compared.
@@ -123,22 +114,18 @@ def compare_texts(
             for name, column in judged.items()
         },
     }  # fmt: skip
-    need = f"words, spelling and sense need {stylometry.MIN_WORDS:,} words in texts of {MIN_TEXTS} sources"
-    lacking = [f"{name} has {lack}" for name, column in columns.items() if (lack := describe_lack(column))]
+    lacks = [f"{name}: {lack}" for name, column in columns.items() if (lack := describe_lack(column, window_tokens))]
     n_windows = len(data.window_starts("train", window_tokens, MIN_WINDOWS))
     if n_windows < MIN_WINDOWS:
-        lacking.append(f"training text has {n_windows} windows as long as a sample, {MIN_WINDOWS} are needed")
-    measures = None if lacking else BookMeasures(data, tokenizer, control, window_tokens, read, seed)
-    if measures is None or not measures.profile.words:
-        why = f"{need}: {', '.join(lacking)}" if lacking else "words: no frequent word of the book varies in its rate"
-        for figures in fields["judged"].values():
-            figures["missing"] = why
-        return fields, [why]
+        lacks.append(f"{MIN_WINDOWS} windows of training as long as a sample are needed, there are {n_windows}")
+    if not lacks:
+        measures = BookMeasures(data, tokenizer, book, is_whole, control, window_tokens, read, seed)
+        lacks = [] if measures.profile.words else ["no frequent word of the book varies in its rate"]
+    missing = [f"words, spelling and sense: {'; '.join(lacks)}"] if lacks else []
     for name, column in judged.items():
-        lack = describe_lack(column) or describe_shortness(column, window_tokens)
-        figures = {"missing": f"{need}; it has {lack}"} if lack else judge_style(measures, column, columns)
-        fields["judged"][name] |= figures
-    return fields | compare_style(measures, columns), []
+        lack = describe_lack(column, window_tokens) or "".join(missing)
+        fields["judged"][name] |= {"missing": lack} if lack else judge_style(measures, column, columns)
+    return fields if lacks else fields | compare_style(measures, columns), missing
 
 
 def describe_longest(texts: list[np.ndarray], data: Blocks, tokenizer) -> dict[str, Any]:

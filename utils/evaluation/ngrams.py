@@ -49,6 +49,17 @@ def find_ngrams(texts: Iterable[np.ndarray], train: np.ndarray, length: int) -> 
     return np.split(first[inverse], ends[:-1]) if hashed else []
 
 
+def count_hashes(hashed: list[np.ndarray], train: np.ndarray, n: int) -> list[np.ndarray]:
+    """Return for each text how often each of its hashed n-grams stands in (N,) training ids."""
+    wanted, inverse = np.unique(np.concatenate(hashed), return_inverse=True)
+    counts = np.zeros(len(wanted), np.int64)
+    for start in range(0, len(train) - n + 1 if len(wanted) else 0, CHUNK):
+        hashes = hash_ngrams(train[start : start + CHUNK + n - 1], n)
+        index = np.minimum(np.searchsorted(wanted, hashes), len(wanted) - 1)
+        counts += np.bincount(index[wanted[index] == hashes], minlength=len(wanted))
+    return np.split(counts[inverse], np.cumsum([len(hashes) for hashes in hashed])[:-1])
+
+
 def mark_overlap(texts: list[np.ndarray], train: np.ndarray, length: int) -> list[np.ndarray]:
     """Mark the tokens that lie in an n-gram of training of `length` tokens; a bool array for each text."""
     masks = [np.zeros(len(text), bool) for text in texts]

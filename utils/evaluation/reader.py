@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from utils.evaluation.bootstrap import Estimate, center, resample
-from utils.evaluation.ngrams import CHUNK, hash_ngrams
+from utils.evaluation.ngrams import count_hashes, hash_ngrams
 from utils.evaluation.stylometry import split_words
 from utils.model.hub import position_limit
 
@@ -23,6 +23,7 @@ NGRAMS = (1, 2, 3, 4)  # tokens
 NEIGHBORHOOD = 300  # tokens around a window of training that do not count as elsewhere: one scene, the same names
 FOLDS, FOLDINGS, REFITS = 5, 5, 300
 RIDGE = 1.0
+RUNS = 5 * FOLDS  # of neighboring windows of training, which stay on one side
 PASS_TOKENS = 4096  # per forward pass, to bound the memory of its logits
 
 
@@ -35,12 +36,12 @@ def read_texts(model, tokenizer, texts: list[str], batch_size: int, autocast: Ca
         median and maximum of the surprise in nats per token.
     """
     limit, hidden, surprise = position_limit(model.config.to_dict()), [], []
-    longest = max((len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]), default=1)
-    batch_size = max(1, min(batch_size, PASS_TOKENS // min(longest or 1, limit or longest)))
+    # Of a single token no surprise is known: it stands twice.
+    encoded = [torch.tensor((ids if len(ids) > 1 else (ids or [0]) * 2)[:limit])
+               for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]  # fmt: skip
+    batch_size = max(1, min(batch_size, PASS_TOKENS // max(map(len, encoded))))
     for start in tqdm(range(0, len(texts), batch_size), desc="reading", unit="batch", delay=2, leave=False):
-        rows = tokenizer(texts[start : start + batch_size], add_special_tokens=False)["input_ids"]
-        # Of a single token no surprise is known: it stands twice.
-        rows = [torch.tensor((row if len(row) > 1 else (row or [0]) * 2)[:limit]) for row in rows]
+        rows = encoded[start : start + batch_size]
         input_ids = pad_sequence(rows, batch_first=True).to(model.device)
         mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True).to(model.device)
         with autocast():
@@ -60,12 +61,12 @@ class Familiarity:
 
     Args:
         train: (N,) training ids.
-        book: training text for the words: the whole, or a sample of it, in which no neighborhood is looked for.
+        words: of the training text, all or a sample of them, in which no neighborhood is looked for.
         general: words that count as known as well.
     """
 
-    def __init__(self, train: np.ndarray, book: str, is_whole: bool, general: set[str], tokenizer) -> None:
-        self.train, self.words, self.general = train, Counter(split_words(book)), general
+    def __init__(self, train: np.ndarray, words: list[str], is_whole: bool, general: set[str], tokenizer) -> None:
+        self.train, self.words, self.general = train, Counter(words), general
         self.is_whole, self.tokenizer = is_whole, tokenizer
 
     def measure(self, texts: list[str], starts: Sequence[int] | None = None, length: int = 0) -> np.ndarray:
@@ -95,17 +96,6 @@ class Familiarity:
             found = [w for w in words if self.words[w] <= own[w] and w not in self.general]
             unknown.append(len(found) / max(1, len(words)))
         return np.array([*columns, unknown]).T
-
-
-def count_hashes(hashed: list[np.ndarray], train: np.ndarray, n: int) -> list[np.ndarray]:
-    """Return for each text how often each of its hashed n-grams stands in (N,) training ids."""
-    wanted, inverse = np.unique(np.concatenate(hashed), return_inverse=True)
-    counts = np.zeros(len(wanted), np.int64)
-    for start in range(0, len(train) - n + 1 if len(wanted) else 0, CHUNK):
-        hashes = hash_ngrams(train[start : start + CHUNK + n - 1], n)
-        index = np.minimum(np.searchsorted(wanted, hashes), len(wanted) - 1)
-        counts += np.bincount(index[wanted[index] == hashes], minlength=len(wanted))
-    return np.split(counts[inverse], np.cumsum([len(hashes) for hashes in hashed])[:-1])
 
 
 def measure_auc(
@@ -155,8 +145,8 @@ def _fold(groups: np.ndarray, is_book: np.ndarray, rng: np.random.Generator) -> 
     """Assign texts to FOLDS parts, whole groups to one; neighbors in the book stay together."""
     names, first, inverse = np.unique(groups, return_index=True, return_inverse=True)
     n_book = is_book[first].sum()  # groups below the number of windows come first
-    runs = np.arange(n_book) * 5 * FOLDS // max(1, n_book)
-    book = rng.permutation(5 * FOLDS)[runs] % FOLDS
+    runs = np.arange(n_book) * RUNS // max(1, n_book)
+    book = rng.permutation(RUNS)[runs] % FOLDS
     return np.concatenate([book, rng.permutation(len(names) - n_book) % FOLDS])[inverse]
 
 

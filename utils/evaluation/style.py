@@ -14,12 +14,12 @@ from utils.data.blocks import Blocks, pick_evenly
 from utils.evaluation import stylometry
 from utils.evaluation.bootstrap import Estimate, measure_gap_closed
 from utils.evaluation.columns import N_WINDOWS, Column
-from utils.evaluation.reader import Familiarity, measure_auc
+from utils.evaluation.reader import RUNS, Familiarity, measure_auc
 
 PARTS = {"words": "delta", "spelling": "unknown_words", "sense": "reader_auc"}
 HIGHEST = {"unknown_words": 1, "reader_auc": 1}
 MIN_TEXTS = 10  # of different groups, for a classifier
-MIN_WINDOWS = 25  # of training text, for five folds
+MIN_WINDOWS = RUNS  # of training text, as long as a sample
 BOOK_TOKENS, BOOK_WINDOW = 2_000_000, 1000  # of a longer training text, windows of this many tokens in all are read
 
 
@@ -31,35 +31,34 @@ def sample_book(data: Blocks, tokenizer) -> tuple[str, bool]:
     return tokenizer.decode(np.concatenate(data.windows("train", BOOK_WINDOW, BOOK_TOKENS // BOOK_WINDOW))), False
 
 
-def describe_lack(column: Column) -> str:
-    """Say what a column has if that is too little to measure its style; "" if it has enough."""
-    n_groups = len(set(column.groups))
-    if column.n_words >= stylometry.MIN_WORDS and n_groups >= MIN_TEXTS:
-        return ""
-    return f"{column.n_words:,} words in texts of {n_groups} sources"
-
-
-def describe_shortness(column: Column, length: int) -> str:
-    """Say that texts are much shorter than a sample of `length` tokens: the reader would tell them by that alone."""
-    usual = int(np.median([len(ids) for ids in column.ids]))
-    return f"texts of {usual} tokens, where a sample has {length}" if 2 * usual < length else ""
+def describe_lack(column: Column, length: int) -> str:
+    """Say why the style of texts cannot be compared with that of windows of `length` tokens; "" if it can."""
+    n_groups, usual = len(set(column.groups)), int(np.median([len(ids) for ids in column.ids] or [0]))
+    if column.n_words < stylometry.MIN_WORDS or n_groups < MIN_TEXTS:
+        need = f"{stylometry.MIN_WORDS:,} words in texts of {MIN_TEXTS} sources are needed"
+        return f"{need}, there are {column.n_words:,} words of {n_groups}"
+    if 2 * usual < length:
+        return f"texts of {usual} tokens would be told from windows of {length} by their length alone"
+    return ""
 
 
 class BookMeasures:
     """The training text as the three parts see it, to measure columns against."""
 
-    def __init__(self, data: Blocks, tokenizer, control: str, length: int, read: Callable, seed: int) -> None:
-        """Read the training text and windows of it.
+    def __init__(
+        self, data: Blocks, tokenizer, book: str, is_whole: bool, control: str, length: int, read: Callable, seed: int
+    ) -> None:
+        """Read windows of the training text.
 
         Args:
+            book: the training text, or a sample of it.
             length: tokens per window, as in a sample.
             read: returns the reader's features of texts.
         """
-        book, is_whole = sample_book(data, tokenizer)
-        general = set(stylometry.split_words(control))
+        words, general = stylometry.split_words(book), set(stylometry.split_words(control))
         self.profile = stylometry.build_word_profile(book, control)
-        self.known = general.union(stylometry.split_words(book))
-        self.familiarity = Familiarity(data.ids("train"), book, is_whole, general, tokenizer)
+        self.known = general.union(words)
+        self.familiarity = Familiarity(data.ids("train"), words, is_whole, general, tokenizer)
         self.read, self.seed = read, seed
         starts = data.window_starts("train", length, N_WINDOWS)
         windows = tokenizer.batch_decode([data.ids("train")[start : start + length] for start in starts])

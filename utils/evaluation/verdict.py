@@ -4,6 +4,7 @@ from dataclasses import replace
 
 from utils.evaluation.memorization import default_copy_rate
 from utils.evaluation.report import Report
+from utils.evaluation.style import PARTS, weakest
 
 FORGETS_LITTLE, FORGETS_MUCH = 1, 20  # percent more bits for general text
 MEMORIZES = 0.1  # of the training blocks continued verbatim
@@ -17,7 +18,6 @@ AMOUNTS = [
     (0.9, "More than half"),
     (1, "Nearly all"),
 ]
-PARTS = ("words", "spelling", "sense")
 FAULTS = {"copies": "it copies", "memorized": "it recites", "forgot": "it forgot much"}
 
 
@@ -78,7 +78,7 @@ def describe_gap(
     """
     if not shares:
         return None, None
-    closed = min(shares.values(), key=lambda share: share["value"])
+    closed = weakest(shares)
     interval = f"{closed['value']:.2f} [{closed['low']:.2f}, {closed['high']:.2f}]"
     named = {part: f"{part} ({share['value']:.2f}{f', read by {reader}' if part == 'sense' else ''})"
              for part, share in shares.items()}  # fmt: skip
@@ -95,8 +95,9 @@ def describe_gap(
     else:
         clauses = [f"it does not have the book's {missing}"]
     if "spelling" in lacks:
-        clauses.append(f"{unknown:.1%} of its words stand in neither book nor general text, of the author's "
-                       f"{author_unknown:.1%}")  # fmt: skip
+        clauses.append(
+            f"{unknown:.1%} of its words (the author: {author_unknown:.1%}) stand in neither book nor general text"
+        )
     if faults:
         clauses.append(f"but {_join(faults)}")
     amount = next(words for bound, words in AMOUNTS if closed["value"] <= bound)
@@ -111,9 +112,8 @@ def _unknown(report: Report) -> tuple[float | None, float | None]:
 
 def _judge_text(report: Report, figures: dict) -> dict:
     """Return the figures of a judged file with verdict, copies and writes_like_the_book."""
-    own = (report.copy_rate or {}).get("reference", {}).get("8")
     rate = figures["copy_rate"]
-    copies = None if rate is None else rate > default_copy_rate(own or 0.0)
+    copies = None if rate is None else rate > _copy_limit(report)
     faults = [f"{rate:.1%} of its tokens are copied"] if copies else []
     unknown, author_unknown = figures.get("unknown_words"), _unknown(report)[1]
     sentence, writes = describe_gap(figures.get("parts") or {}, faults, unknown, author_unknown, report.reader)
@@ -186,12 +186,16 @@ def _judge_gain(report: Report) -> tuple[str | None, bool | None]:
     return f"It learned the book: {cost}.", True
 
 
+def _copy_limit(report: Report) -> float:
+    return default_copy_rate((report.copy_rate or {}).get("reference", {}).get("8") or 0.0)
+
+
 def _judge_copying(report: Report) -> tuple[str | None, bool | None]:
     if report.copy_rate is None:
         return None, None
     rate, longest = report.copy_rate["finetuned"]["8"] or 0.0, report.longest_copy["finetuned"]["tokens"]
     own = report.copy_rate.get("reference", {}).get("8")
-    copies = rate > default_copy_rate(own or 0.0)
+    copies = rate > _copy_limit(report)
     author = "" if own is None else f"; the author's own unseen pages have {own:.1%}"
     return (f"It copies {'much' if copies else 'little'}: {rate:.1%} of its tokens lie in n-grams of 8 or more tokens "
             f"of the training text, the longest span has {longest} tokens{author}."), copies  # fmt: skip
@@ -204,14 +208,13 @@ def _judge_memorization(report: Report) -> tuple[str | None, bool | None]:
     memorized = train["exact_match"] >= MEMORIZES and train["exact_match"] > validation["exact_match"]
     case = (f"given the beginnings of {train['prefixes']} training blocks, it continues {train['exact_match']:.0%} of "
             f"them word for word for {train['tokens']} tokens")  # fmt: skip
-    if "extractable" in train:
-        most = max(train["extractable"], key=int)
-        share, base = (report.extraction[name]["train"]["extractable"][most] for name in ("finetuned", "base"))
-        case += f"; {int(most):,} samples each are likely to hold {share:.0%} of them (the base model's {base:.0%})"
+    most = max(train["extractable"], key=int)
+    share, base = (report.extraction[name]["train"]["extractable"][most] for name in ("finetuned", "base"))
+    case += f"; {int(most):,} samples each are likely to hold {share:.0%} of them (the base model's {base:.0%})"
     if memorized:
         return f"It recites: {case}. Do not share it.", True
-    extractable = "extractable" in train and share >= MEMORIZES and share > base
-    return f"It {'does not recite at once, but can be made to' if extractable else 'does not recite'}: {case}.", False
+    hidden = share >= MEMORIZES and share > base
+    return f"It does not recite{' at once, but can be made to' if hidden else ''}: {case}.", False
 
 
 def _judge_forgetting(report: Report) -> tuple[str | None, bool | None]:
