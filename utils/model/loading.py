@@ -24,8 +24,8 @@ logging.disable_progress_bar()
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def load_model(folder: Path):
-    """Load a causal language model in float32, in eval mode, on the CPU.
+def load_model(folder: Path, empty: bool = False):
+    """Load a causal language model in float32, in eval mode, on the CPU; `empty`: without the values of its weights.
 
     Raises:
         UserError: missing or damaged files, missing or extra tensors, NaN or infinity, another kind of model.
@@ -34,6 +34,8 @@ def load_model(folder: Path):
         raise UserError(f"model: {folder}: no such directory")
     config = check_causal(read_config(folder / "config.json"), str(folder))
     refuse_misfit(folder, config, read_shapes(folder))
+    if empty:
+        return build_empty(config)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             folder, config=config, dtype=torch.float32, output_loading_info=True,
@@ -50,6 +52,15 @@ def load_model(folder: Path):
         raise UserError(f"model: {folder}: {bad} has a value that is not a number")
     # Only the flags decide how to decode: a generation_config.json beside the model would add to them.
     model.generation_config = GenerationConfig.from_model_config(model.config)
+    return model.eval()
+
+
+def build_empty(config):
+    """Build a model whose weights have no values yet, and therefore take no memory."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.to_empty(device="cpu")
+    model.tie_weights()
     return model.eval()
 
 
@@ -166,8 +177,14 @@ def set_dropout(model, rate: float) -> None:
             setattr(model.config, key, rate)
 
 
+def own_part(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the part of a tensor that this process holds, where several share it; else all of it."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
 def is_finite(tensor: torch.Tensor) -> bool:
     """Say whether no value is NaN or infinite: minimum and maximum tell, in one pass that allocates nothing."""
+    tensor = own_part(tensor)
     return not tensor.numel() or all(value.isfinite() for value in tensor.aminmax())
 
 
@@ -237,12 +254,12 @@ def autocast(device: torch.device, dtype: str):
     return torch.autocast(device.type, torch.bfloat16) if dtype == "bf16" else contextlib.nullcontext()
 
 
-def load_pair(folder: Path, verified: bool = False):
+def load_pair(folder: Path, verified: bool = False, empty: bool = False):
     """Load a folder's model and tokenizer, and check that they fit each other and, unless `verified`, the manifest."""
     problem = None if verified or not (folder / MANIFEST).is_file() else verify_folder(folder)
     if problem:
         raise UserError(f"model: {problem}")
-    model, tokenizer = load_model(folder), load_tokenizer(folder)
+    model, tokenizer = load_model(folder, empty), load_tokenizer(folder)
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
         raise UserError(f"tokenizer has {len(tokenizer)} ids, the model {rows}")
