@@ -224,10 +224,13 @@ def _groups(model) -> list[FSDPModule]:
 
 
 def scatter(tensor: torch.Tensor, target: torch.Tensor) -> None:
-    """Copy a whole tensor of process 0, of which the others need the shape only, into one of shard's form."""
+    """Copy a whole tensor of process 0 into a target that is sharded or not; of the others' tensor the shape counts."""
+    tensor = tensor.to(target.device)
     if isinstance(target, DTensor):
-        tensor = distribute_tensor(tensor.to(target.device), target.device_mesh, target.placements).to_local()
+        tensor = distribute_tensor(tensor, target.device_mesh, target.placements).to_local()
         target = target.to_local()
+    elif size() > 1:
+        dist.broadcast(tensor, 0)
     target.detach().copy_(tensor)
 
 
