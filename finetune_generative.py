@@ -15,7 +15,7 @@ from utils.cli import (
     Parser,
     StopSignal,
     auto_or,
-    check_processes,
+    count_processes,
     device_name,
     ignore_signals,
     number,
@@ -85,7 +85,10 @@ def parse_args(argv=None):
     add("--process-timeout", type=number(int, 1, 86_400), default=600, metavar="SECONDS",
         help="under torchrun: the longest wait for another process")  # fmt: skip
     args = parser.parse_args(argv)
-    check_processes()
+    n_processes = count_processes()
+    if args.batch_size < n_processes:
+        raise UserError(f"--batch-size {args.batch_size} is less than the {n_processes} processes; give each a block, "
+                        "or use fewer")  # fmt: skip
     if args.from_scratch and args.model_name:
         raise UserError("--from-scratch and --model-name exclude each other")
     return args
@@ -160,7 +163,13 @@ def find_run(args, settings):
         if not args.dry_run:
             sweep(args.output_dir)
     found = parallel.from_main(found and str(found))
-    return found and Path(found), checkpoints.read_state(Path(found)) if found else checkpoints.TrainState()
+    if not found:
+        return None, checkpoints.TrainState()
+    state = checkpoints.read_state(Path(found))
+    before, now = state.machine.get("processes", 1), parallel.size()
+    if args.deterministic and before != now:
+        raise UserError(f"resume: the run has {before} processes, now {now}; with --deterministic use as many")
+    return Path(found), state
 
 
 def load_model(args, data, base, folder, checkpoint, device):

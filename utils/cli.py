@@ -143,14 +143,15 @@ def auto_or(parse: Callable[[str], Any]) -> Callable[[str], Any]:
     return lambda text: None if text == "auto" else parse(text)
 
 
-def check_processes() -> None:
-    """Refuse the environment of several processes where torchrun did not set it."""
+def count_processes() -> int:
+    """Return how many processes torchrun started; UserError for a part of its environment."""
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         value = os.environ.get(name, "0")
         if "RANK" in os.environ and name not in os.environ:
             raise UserError(f"RANK is set, {name} is not set; start several processes with torchrun")
         if name != "MASTER_ADDR" and not value.isdecimal():
             raise UserError(f"{name} is {value!r}, expected a number; start several processes with torchrun")
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def text_encoding(name: str) -> str:

@@ -38,7 +38,7 @@ def joined(device: torch.device, timeout: int) -> Iterator[torch.device]:
         UserError: the devices are too few; or (exit status 3) another process has ended or does not answer.
     """
     device = _join(device, timeout)
-    try:
+    try:  # an error leaves the others as it finds them: they notice
         yield device
     except Exception as error:
         reason = None if isinstance(error, UserError) else lost_process(error)
