@@ -396,10 +396,11 @@ def main(args):
         print_settings(args, setup, data, model, base, forecast)
         if args.dry_run:
             return 0
+        # Of dropout, in each process another; batch order and samples have generators of their own.
+        torch.manual_seed(args.seed + parallel.rank())
         if checkpoint:
             resume_run(setup, model, optimizer, state, checkpoint)
         else:
-            torch.manual_seed(args.seed)  # of dropout; batch order and samples have generators of their own
             start_run(args, settings, data, base, model, tokenizer, setup, state)
         with explained():
             stopped_by = train(setup, forecast.save_every, model, tokenizer, data, optimizer, state)

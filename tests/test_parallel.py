@@ -274,7 +274,7 @@ def test_a_signal_to_one_process_stops_all(workshop):  # noqa: F811
 
 
 def fail_in(rank, name, failure):
-    """Return a hook that replaces a function of the third call on in one process."""
+    """Return a hook that makes a function fail in one process, after the forecast and a few steps."""
 
     def prepare(own):
         if own == rank:
@@ -283,7 +283,8 @@ def fail_in(rank, name, failure):
 
             def fail(*args):
                 calls.append(1)
-                return failure() if len(calls) > 10 else real(*args)
+                result = real(*args)
+                return failure() if len(calls) > 6 else result
 
             replace(finetune_generative, name, fail)
 

@@ -207,7 +207,8 @@ def shard(model, device: torch.device) -> None:
     for module in list(model.modules()):
         if type(module).__name__ in (model._no_split_modules or ()):
             fully_shard(module, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+    # By default the root group stays whole after a forward pass, and its parameters are others than the optimizer's.
+    fully_shard(model, mesh=mesh, reshard_after_forward=True)
     for module in _groups(model):
         # The loss is weighted by its share of the step's blocks, so gradients are summed; gloo's mean is a sum.
         module.set_force_sum_reduction_for_comms(True)
@@ -262,11 +263,10 @@ def gather_model(model):
 @contextmanager
 def unsharded(model) -> Iterator[None]:
     """Hold the whole weights in every process, so that it may compute without the others: for short texts."""
-    groups = _groups(model)
-    for group in groups:
+    for group in _groups(model):
         group.unshard()
         group.set_reshard_after_forward(False, recurse=False)
     yield
-    for group in groups:
-        group.set_reshard_after_forward(group is not model, recurse=False)
+    for group in _groups(model):
+        group.set_reshard_after_forward(True, recurse=False)
         group.reshard()
