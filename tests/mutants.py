@@ -82,7 +82,7 @@ GUARDS = [
     ("utils/model/loading.py", "if not all(map(is_finite, (parameter, *", "if not all(map(id, (parameter, *"),
     ("utils/model/checks.py", "if is_mask(tensor) or (tensor.numel() == 1 and tensor.item() < -1000):", "if True:"),
     ("utils/model/checks.py", "is_binary and not tensor.triu(1).any() and ", "is_binary and "),
-    ("utils/model/checks.py", "    if not torch.allclose(first, second", "    if False and not (first, second"),
+    ("utils/model/checks.py", "    if not torch.allclose(", "    if last < 0 and not torch.allclose("),
     ("utils/model/checks.py", "        if torch.equal(before, torch.get_rng_state()):\n", "        if False:\n"),
     ("utils/model/checks.py", "    if not is_text:\n", "    if False:\n"),
     ("utils/model/checks.py", "    if config.is_encoder_decoder:\n", "    if False:\n"),

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from scorer import independent_loss
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import generate_text
 from utils.data.blocks import open_blocks
 from utils.data.tokenizer import END_OF_TEXT, load_tokenizer, start_ids, train_tokenizer
 from utils.errors import UserError
@@ -64,7 +65,7 @@ FAMILIES = {
 WITHOUT_DROPOUT = {"mpt", "mamba"}
 # transformers' own two ways to compute its attention with a bias by distance differ.
 WITHOUT_EAGER = {"falcon_alibi"}
-EVERY_DAY = {"opt", "mistral", "gemma3"}
+EVERY_DAY = {"opt", "mistral"}
 RATE = 0.3
 
 
@@ -94,7 +95,8 @@ def family(tmp_path_factory, book):
 
 
 def ids_like(model, n_rows=2, n_tokens=40):
-    return torch.randint(3, model.get_input_embeddings().weight.shape[0], (n_rows, n_tokens))
+    size, seeded = model.get_input_embeddings().weight.shape[0], torch.Generator().manual_seed(0)
+    return torch.randint(3, size, (n_rows, n_tokens), generator=seeded)
 
 
 def loss_and_gradients(model, ids):
@@ -163,7 +165,7 @@ def test_dropout_drops_the_same_places_as_in_the_plain_model(family, name, monke
     same_dropout(monkeypatch)
     found = loss_and_gradients(model, ids)
     assert_close(found, loss_and_gradients(plain, ids))
-    assert found[0] != pytest.approx(independent_loss(plain.eval(), ids), abs=1e-4), "nothing was dropped"
+    assert found[0] != pytest.approx(independent_loss(plain.eval(), ids), abs=1e-6), "nothing was dropped"
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -357,6 +359,7 @@ def test_three_scripts(family, name, script, short_book, tmp_path, monkeypatch):
         loss = next(row["eval/loss"] for row in metrics if row["step"] == step and "eval/loss" in row)
         assert loss == pytest.approx(independent_loss(plain, blocks), abs=1e-4)
 
+    monkeypatch.setattr(generate_text, "MAX_ROUNDS", 1)
     run("generate_text", "--finetuned-model", straight, "--max-new-tokens", 12, "--num-validation-prompts", 3,
         "--control-path", short_book, "--dtype", "fp32")  # fmt: skip
     tokenizer = load_tokenizer(straight)
