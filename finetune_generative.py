@@ -94,7 +94,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from utils.data.blocks import BatchOrder, open_blocks, read_manifest
-from utils.data.tokenizer import fingerprint_tokenizer, load_tokenizer
+from utils.data.tokenizer import fingerprint_tokenizer, load_tokenizer, start_ids
 from utils.evaluation.generation import Decoding, encode_prompt, fit_context, generate_ids
 from utils.evaluation.loss import describe_result, score_blocks, summarize_loss
 from utils.evaluation.memorization import CopyMonitor
@@ -156,18 +156,16 @@ def find_run(args, settings):
 def load_model(args, data, base, folder, checkpoint, device):
     """Load the checkpoint's model, the base model or a new one, with its tokenizer, and prepare it for training."""
     if checkpoint:
-        model, tokenizer = loading.load_pair(checkpoint, verified=True)
+        model, tokenizer = loading.load_pair(checkpoint, verified=True, dropout=args.dropout)
     elif args.from_scratch:
         tokenizer = load_tokenizer(args.data_dir / "tokenizer")
-        model = loading.new_model(args.from_scratch, tokenizer, args.seed)
+        model = loading.new_model(args.from_scratch, tokenizer, args.seed, args.dropout)
     else:
-        model, tokenizer = loading.load_pair(folder or locate_model(base))
+        model, tokenizer = loading.load_pair(folder or locate_model(base), dropout=args.dropout)
         if fingerprint_tokenizer(tokenizer) != data.manifest["tokenizer"]["sha256"]:
             advice = f"run prepare_data.py --model-name {base}"
             raise UserError(f"data was made with another tokenizer than {base}'s; {advice}")
     loading.check_fit(model, data)
-    if args.dropout is not None:
-        loading.set_dropout(model, args.dropout)
     use_fast_layers(model.to(device), device, args.compile)
     return model, tokenizer
 
@@ -351,7 +349,8 @@ def main(args):
             print(f"resuming from step {state.step} of {max_steps} ({checkpoint})")
 
         model, tokenizer = load_model(args, data, base, folder, checkpoint, device)
-        sample = fit_context(model, encode_prompt(tokenizer, args.sample_prompt), args.sample_tokens)
+        prompt = encode_prompt(tokenizer, args.sample_prompt)
+        sample = fit_context(model, prompt, args.sample_tokens, len(start_ids(tokenizer)))
         betas = (args.adam_beta1, args.adam_beta2)
         optimizer = build_optimizer(model, args.learning_rate, args.weight_decay, betas, args.adam_epsilon)
         saved = functools.partial(checkpoints.list_checkpoints, args.output_dir)

@@ -75,7 +75,7 @@ from tqdm import tqdm
 
 from utils.data.blocks import open_blocks
 from utils.data.text import read_book
-from utils.data.tokenizer import fingerprint_tokenizer
+from utils.data.tokenizer import fingerprint_tokenizer, start_ids
 from utils.evaluation import compare, stylometry
 from utils.evaluation.columns import build_columns, column_of_file
 from utils.evaluation.generation import Decoding, encode_prompt, generate_ids
@@ -170,23 +170,27 @@ def collect_prompts(args, data, tokenizer, limit):
         if text != text.rstrip(" "):
             warn(f"prompt {text!r} ends in a space, which spoils the next token; leave it out")
     found = [(text, encode_prompt(tokenizer, text), []) for text in texts or DEFAULT_PROMPTS]
-    room = limit - args.max_new_tokens
+    start = start_ids(tokenizer)
+    room = limit - args.max_new_tokens - len(start)
     if data and len(data.validation) and room > 0:
         length = min(PROMPT_TOKENS, room)
         pairs = data.validation_prompts(tokenizer, args.num_validation_prompts, length, args.max_new_tokens)
-        found += [(tokenizer.decode(ids), ids, next_ids) for ids, next_ids in pairs]
+        found += [(tokenizer.decode(ids), start + ids, next_ids) for ids, next_ids in pairs]
     prompts = {}
     for text, ids, next_ids in found:  # each text once; --num-samples repeats it
-        ids = fit_prompt(ids, limit, args.max_new_tokens, args.truncate)
+        ids = fit_prompt(ids, limit, args.max_new_tokens, args.truncate, len(start))
         prompts.setdefault(text, {"prompt": text, "prompt_ids": ids, "next_ids": next_ids})
     return list(prompts.values())
 
 
-def fit_prompt(ids, limit, new_tokens, truncate):
-    """Return prompt ids that leave room for the new tokens in the context of `limit` tokens; cut only on request."""
+def fit_prompt(ids, limit, new_tokens, truncate, n_start):
+    """Return prompt ids that leave room for the new tokens in the context of `limit` tokens; cut only on request.
+
+    What is cut stands after the n_start first ids.
+    """
     room = limit - new_tokens
-    if truncate and len(ids) > room > 0:
-        return ids[-room:]
+    if truncate and len(ids) > room > n_start:
+        return ids[:n_start] + ids[len(ids) - room + n_start :]
     if len(ids) > limit:
         raise UserError(f"prompt has {len(ids)} tokens, the model takes {limit}; cut it or give --truncate")
     if len(ids) > room:

@@ -49,7 +49,7 @@ from tqdm import tqdm
 
 from utils.data.blocks import FORMAT, read_manifest, save_blocks
 from utils.data.text import find_books, read_book, read_segments
-from utils.data.tokenizer import TokenWriter, fingerprint_tokenizer, load_tokenizer, train_tokenizer
+from utils.data.tokenizer import TokenWriter, fingerprint_tokenizer, load_tokenizer, start_ids, train_tokenizer
 from utils.evaluation.ngrams import measure_leakage
 from utils.model.hub import locate_model, position_limit, read_config
 from utils.output_dir import check_output_dir, lock
@@ -131,7 +131,8 @@ def prepare(args, books, tokenizer, settings):
             "model_name": settings["model_name"],
             "block_size": args.block_size,
             "tokenizer": {"sha256": settings["tokenizer"] or fingerprint_tokenizer(tokenizer),
-                          "size": len(tokenizer), "end_of_text_id": tokenizer.eos_token_id},
+                          "size": len(tokenizer), "end_of_text_id": tokenizer.eos_token_id,
+                          **({"start_id": start_ids(tokenizer)[0]} if start_ids(tokenizer) else {})},
             "books": [{"name": book.path.name, "sha256": book.sha256, "chars": book.n_chars, "words": book.n_words}
                       for book in books],
             **write_blocks(args, books, tokenizer, folder),
@@ -148,18 +149,19 @@ def write_blocks(args, books, tokenizer, folder):
         for segment in read_segments(books, args.encoding, args.val_split, args.seed):
             writer.write(segment)
             bar.update(len(segment.text))
-    check_block_counts(args, writer.n_tokens)
+    start = start_ids(tokenizer)
+    check_block_counts(args, writer.n_tokens, args.block_size - len(start))
     tokens = writer.open_tokens()
-    save_blocks(tokens, args.block_size, folder)
+    save_blocks(tokens, args.block_size, folder, start)
     leakage = measure_leakage(tokens["train"], tokens["validation"])
     writer.remove_files()
-    counts = {split: writer.count_split(split, args.block_size) for split in tokens}
+    counts = {split: writer.count_split(split, args.block_size - len(start)) for split in tokens}
     return {"splits": counts, "leakage": leakage, "spans": writer.spans}
 
 
-def check_block_counts(args, n_tokens):
-    """Refuse a text that leaves a split without a block."""
-    total, size = sum(n_tokens.values()), args.block_size
+def check_block_counts(args, n_tokens, size):
+    """Refuse a text that leaves a split without a block, which takes `size` tokens of it."""
+    total = sum(n_tokens.values())
     if total < size:
         raise UserError(f"{args.input_path[0]} gives {total} token{'s' if total != 1 else ''}; one block needs {size} "
                         "- use a longer text or a smaller --block-size")  # fmt: skip

@@ -26,6 +26,7 @@ SLOWER = [
     for name in (
         *("test_finetune_generative", "test_identity", "test_damage", "test_disk", "test_signals"),
         *("test_prepare_data", "data/test_blocks", "test_refusals", "evaluation/test_unseen"),
+        *("test_start_token", "model/test_families"),
         *(f"evaluation/test_{name}" for name in ("compare", "columns", "reader", "style", "bootstrap", "verdict")),
     )
 ]
@@ -79,6 +80,14 @@ GUARDS = [
     ("utils/training/checkpoint.py", "    if changed:\n        name, was", "    if False:\n        name, was"),
     ("utils/errors.py", "        if not math.isfinite(value):\n", "        if False:\n"),
     ("utils/model/loading.py", "if not all(map(is_finite, (parameter, *", "if not all(map(id, (parameter, *"),
+    ("utils/model/checks.py", "if is_mask(tensor) or (tensor.numel() == 1 and tensor.item() < -1000):", "if True:"),
+    ("utils/model/checks.py", "is_binary and not tensor.triu(1).any() and ", "is_binary and "),
+    ("utils/model/checks.py", "    if not torch.allclose(", "    if last < 0 and not torch.allclose("),
+    ("utils/model/checks.py", "        if torch.equal(before, torch.get_rng_state()):\n", "        if False:\n"),
+    ("utils/model/checks.py", "    if not is_text:\n", "    if False:\n"),
+    ("utils/model/checks.py", "    if config.is_encoder_decoder:\n", "    if False:\n"),
+    ("utils/data/tokenizer.py", "    if len(start_ids(tokenizer)) > 1:\n", "    if False:\n"),
+    ("utils/data/tokenizer.py", ", sample, *start_ids(tokenizer)]", ", sample]"),
     ("utils/training/metrics.py", "if row[\"step\"] <= (step if \"train/loss\" in row else evaluated_step)", ""),
     ("utils/training/metrics.py", ", allow_nan=False", ""),
     ("utils/model/loading.py", "if verified or not (folder / MANIFEST).is_file() else verify_folder(folder)", ""),

@@ -173,7 +173,7 @@ def blocks_of_segments(n_segments, n_tokens, block_size=4):
     rows = np.arange(n_segments * n_tokens // block_size * block_size).reshape(-1, block_size)
     spans = [{"split": "validation", "tokens": [i * n_tokens, (i + 1) * n_tokens]} for i in range(n_segments)]
     validation = Dataset.from_dict({"input_ids": rows.tolist()}).with_format("torch")
-    return Blocks(Path(), {"block_size": block_size, "spans": spans}, None, validation)
+    return Blocks(Path(), {"block_size": block_size, "spans": spans, "tokenizer": {}}, None, validation)
 
 
 class Spelling:

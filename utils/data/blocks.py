@@ -4,7 +4,7 @@ import functools
 import hashlib
 import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,16 @@ AGAIN = "run prepare_data.py again with --overwrite"
 datasets.disable_progress_bars()
 
 
-def save_blocks(tokens: dict[str, np.ndarray], block_size: int, folder: Path) -> None:
-    """Write (n_tokens,) ids by split as rows of block_size ids, a datasets DatasetDict; a shorter tail is left out."""
+def save_blocks(tokens: dict[str, np.ndarray], block_size: int, folder: Path, start: Sequence[int] = ()) -> None:
+    """Write (n_tokens,) ids by split as rows of block_size ids, a datasets DatasetDict; a shorter tail is left out.
+
+    Each row begins with the ids of `start`, if there are any.
+    """
     splits = datasets.DatasetDict()
     for split, ids in tokens.items():
-        whole = ids[: len(ids) // block_size * block_size]
+        whole = ids[: len(ids) // (block_size - len(start)) * (block_size - len(start))]
+        if start:
+            whole = np.pad(whole.reshape(-1, block_size - 1), ((0, 0), (1, 0)), constant_values=start[0]).reshape(-1)
         values = pa.array(whole, type=pa.from_numpy_dtype(ids.dtype))
         rows = pa.FixedSizeListArray.from_arrays(values, block_size)
         # A fingerprint from the content: the same book gives the same files, byte for byte.
@@ -51,6 +56,12 @@ class Blocks:
         return self.manifest["block_size"]
 
     @property
+    def start_ids(self) -> list[int]:
+        """The token before the text of each block, if the tokenizer has one."""
+        start = self.manifest["tokenizer"].get("start_id")
+        return [] if start is None else [start]
+
+    @property
     def bytes_per_token(self) -> float:
         """UTF-8 bytes per token of the validation text, 0 without one."""
         counts = self.manifest["splits"]["validation"]
@@ -63,16 +74,17 @@ class Blocks:
 
     def id_range(self) -> tuple[int, int]:
         """Return the smallest and the largest token id."""
-        splits = [ids for ids in map(self.ids, ("train", "validation")) if len(ids)]
+        splits = [ids for ids in (*map(self.ids, ("train", "validation")), np.array(self.start_ids)) if len(ids)]
         return min(int(ids.min()) for ids in splits), max(int(ids.max()) for ids in splits)
 
     def ids(self, split: str) -> np.ndarray:
-        """Return all token ids of a split's blocks, (n_blocks * block_size,), in the book's order."""
-        return pc.list_flatten(getattr(self, split).data.table.column("input_ids")).to_numpy()
+        """Return the token ids of a split's text that fills its blocks, (n_tokens,), in the book's order."""
+        ids = pc.list_flatten(getattr(self, split).data.table.column("input_ids")).to_numpy()
+        return ids.reshape(-1, self.block_size)[:, 1:].reshape(-1) if self.start_ids else ids
 
     def spans(self, split: str) -> list[tuple[int, int, dict]]:
         """Return (start, end, manifest entry) of each segment of a split, as positions in ids(split)."""
-        end = len(getattr(self, split)) * self.block_size
+        end = len(getattr(self, split)) * (self.block_size - len(self.start_ids))
         spans = [span for span in self.manifest["spans"] if span["split"] == split]
         return [(span["tokens"][0], min(span["tokens"][1], end), span) for span in spans]
 
@@ -162,6 +174,7 @@ def read_manifest(folder: Path) -> dict:
         splits = {name: manifest["splits"][name] for name in ("train", "validation")}
         numbers = [part[key] for part in splits.values() for key in ("blocks", "tokens", "bytes")]
         numbers += [position for span in manifest["spans"] for position in span["tokens"] if splits[span["split"]]]
+        numbers.append(manifest["tokenizer"].get("start_id", 0))
         manifest["tokenizer"]["sha256"], next(name for name in manifest["files"] if name.startswith("train/data"))
         if min(manifest["block_size"] - 2, *numbers, *(entry["bytes"] for entry in manifest["files"].values())) < 0:
             raise ValueError

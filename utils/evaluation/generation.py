@@ -9,6 +9,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, LogitsProcessorList
 
+from utils.data.tokenizer import start_ids
 from utils.errors import UserError
 from utils.model.hub import position_limit
 
@@ -67,21 +68,22 @@ class SeededSampling:
 
 
 def encode_prompt(tokenizer, prompt: str) -> list[int]:
-    """Tokenize a prompt; an empty one becomes the end-of-text token, as between GPT-2's documents."""
+    """Tokenize a prompt after the start token; if both are empty, take the end-of-text token, as between documents."""
     try:
         prompt.encode()
     except UnicodeEncodeError:
         raise UserError("prompt is not valid UTF-8") from None
-    ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    ids = start_ids(tokenizer) + tokenizer(prompt, add_special_tokens=False)["input_ids"]
     return ids or [tokenizer.eos_token_id]
 
 
-def fit_context(model, prompt: list[int], new_tokens: int) -> tuple[list[int], int]:
-    """Cut the new tokens to half the context at least, then the prompt from its left, so that both fit."""
+def fit_context(model, prompt: list[int], new_tokens: int, n_start: int = 0) -> tuple[list[int], int]:
+    """Cut the new tokens to half the context at least, then the prompt after its n_start ids, so that both fit."""
     limit = position_limit(model.config.to_dict())
     if limit:
         new_tokens = min(new_tokens, max(limit - len(prompt), limit // 2))
-        prompt = prompt[-(limit - new_tokens) :]
+        cut = max(0, len(prompt) - (limit - new_tokens))
+        prompt = prompt[:n_start] + prompt[n_start + cut :]
     return prompt, new_tokens
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from utils.data.tokenizer import start_ids
 from utils.evaluation.generation import Decoding, generate_ids
 from utils.evaluation.ngrams import NGRAM_LENGTHS, NgramIndex, longest_overlap, mark_sources, ngram_overlap
 from utils.model.hub import position_limit
@@ -115,13 +116,14 @@ class CopyMonitor:
     """
 
     def __init__(self, data, model, tokenizer, n_samples: int, max_copy_rate: float | None, seed: int) -> None:
-        total = min(MONITOR_TOKENS, position_limit(model.config.to_dict()) or MONITOR_TOKENS)
+        start, limit = start_ids(tokenizer), position_limit(model.config.to_dict())
+        total = min(MONITOR_TOKENS, (limit or math.inf) - len(start))
         self.prompts, self.seed, self.eos_token_id = [], seed, tokenizer.eos_token_id
         self.new_tokens, self.limit = total - total // 4, math.inf
         if n_samples and len(data.validation):
             self.train = data.ids("train")
             pairs = data.validation_prompts(tokenizer, n_samples, total // 4, self.new_tokens)
-            self.prompts = [prompt for prompt, _ in pairs]
+            self.prompts = [start + prompt for prompt, _ in pairs]
             # Cut like the samples: no n-gram reaches over an edge.
             windows = data.windows("validation", self.new_tokens, N_WINDOWS) or data.segments("validation")
             reference = ngram_overlap(windows, self.train)[str(NGRAM_LENGTHS[0])]

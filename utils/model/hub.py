@@ -163,5 +163,5 @@ def read_config(path: Path, what: str = "model") -> dict:
 
 def position_limit(config: dict) -> int | None:
     """Return a model's context length in tokens, or None when it is not fixed."""
-    values = map(config.get, ("n_positions", "max_position_embeddings", "n_ctx"))
+    values = map(config.get, ("n_positions", "max_position_embeddings", "max_seq_len", "n_ctx"))
     return next((value for value in values if isinstance(value, int)), None)
