@@ -23,7 +23,7 @@ def parse_args(argv=None):
     parser = Parser("Turn a book into block-sized token tensors.", epilog="next: python finetune_generative.py")
     add = parser.add_argument_group("text").add_argument
     add("--input-path", nargs="+", type=Path, metavar="FILE", default=[DEFAULT_BOOK],
-        help=f"text files, or folders of .txt and .md files, in this order (default: {DEFAULT_BOOK})")  # fmt: skip
+        help=f"text, EPUB, Word or HTML files, or folders of .txt and .md files (default: {DEFAULT_BOOK})")  # fmt: skip
     add("--encoding", type=text_encoding, default="utf-8", help="text encoding of the files")
     add("--val-split", type=number(float, 0, 1, below=True), default=0.1,
         help="share of the text for validation, 0 up to below 1, taken as whole segments")  # fmt: skip

@@ -25,7 +25,7 @@ SLOWER = [
     f"tests/{name}.py"
     for name in (
         *("test_finetune_generative", "test_identity", "test_damage", "test_disk", "test_signals"),
-        *("test_prepare_data", "data/test_blocks", "test_refusals", "evaluation/test_unseen"),
+        *("test_prepare_data", "data/test_formats", "data/test_blocks", "test_refusals", "evaluation/test_unseen"),
         *(f"evaluation/test_{name}" for name in ("compare", "columns", "reader", "style", "bootstrap", "verdict")),
     )
 ]
@@ -82,6 +82,16 @@ GUARDS = [
     ("utils/training/metrics.py", "if row[\"step\"] <= (step if \"train/loss\" in row else evaluated_step)", ""),
     ("utils/training/metrics.py", ", allow_nan=False", ""),
     ("utils/model/loading.py", "if verified or not (folder / MANIFEST).is_file() else verify_folder(folder)", ""),
+    ("utils/data/formats.py", '"--sandbox", ', ""),
+    ("utils/data/formats.py", "total > MAX_BYTES or ", ""),
+    ("utils/data/formats.py", " or len(entries) > MAX_ENTRIES", ""),
+    ("utils/data/formats.py", "file.read(entry.file_size)", "file.read()"),
+    ("utils/data/formats.py", " and ENCRYPTED.search(data)", " and False"),
+    ("utils/data/formats.py", ", timeout=SECONDS", ""),
+    ("utils/data/formats.py", ", *LIMITS]", "]"),
+    ("utils/data/formats.py", 'or ".." in re.split(r"[/\\\\]", entry)', ""),
+    ("utils/data/formats.py", "    if any(entry.flag_bits & 1 ", "    if any(False "),
+    ("utils/data/formats.py", "    if any(entry.compress_type not in ", "    if any(entry.compress_type in (99,) and "),
     ("utils/data/blocks.py", "    problem = verify_folder(folder)\n", "    problem = None\n"),
     ("utils/evaluation/loss.py", "        if stopping:\n", "        if False:\n"),
     ("utils/cli.py", "        if signal.getsignal(number) != signal.SIG_IGN:\n", "        if True:\n"),

@@ -7,6 +7,7 @@ and with bounded memory and time. Here the paragraphs are taken from its documen
 import functools
 import importlib.util
 import io
+import itertools
 import json
 import re
 import subprocess
@@ -175,7 +176,7 @@ def _join_inlines(inlines: list, with_links: bool = True) -> str:
             texts.append(content[1])
         elif kind == "Image":  # an initial as a picture is part of its word
             letter = _join_inlines(content[1])
-            texts.append(letter if len(letter) == 1 else "")
+            texts.append(letter if len(letter) == 1 < len(inlines) else "")
         elif kind == "Link":
             text = _join_inlines(content[1])  # [1], * and the like lead to a note
             texts.append(text if with_links and any(map(str.isalpha, text)) else "")
@@ -199,7 +200,7 @@ def _join_parts(parts: list[tuple[int, str]]) -> str:
     """Join the paragraphs, a blank line between two, with CHAPTER_MARK before chapters but the first."""
     levels = sorted(level for level, _ in parts if level > 0)
     deepest = levels[min(len(levels), MIN_HEADINGS) - 1] if levels else 0
-    paragraphs = [text for level, text in parts if level == 0 and text]
+    paragraphs = [text for text, _ in itertools.groupby(text for level, text in parts if level == 0 and text)]
     # Where blank lines stand between all paragraphs, they are no scene breaks.
     keeps_blank = 3 * paragraphs.count("\n") < len(paragraphs)
     pieces, has_prose, starts, is_blank, n_links = [], False, False, False, 0
