@@ -27,8 +27,8 @@ CONTROL_BLOCK = 128  # tokens per block of general text if there is no data fold
 SHOWN_NGRAM = ngrams.NGRAM_LENGTHS[0]  # tokens: the shortest copied span that the page marks
 SHOWN_PROMPTS, SHOWN_SAMPLES, CURVE_POINTS = 24, 3, 300
 OTHER_LANGUAGE = (
-    "what general text of the book's language would show (cosine Delta; whether the gain is more than the language): "
-    "the general text is of another language; --control-path takes one"
+    "style gain and cosine Delta, and whether the model learned more than the book's language: "
+    "the general text is of another language; --control-path takes one of the same"
 )
 # Where words have no spaces between them, a cut leaves no part of one but perhaps of a character.
 CUT_WORD = regex.compile(rf"^[\S--{UNSPACED}]*\s+|\s+[\S--{UNSPACED}]*$|^\ufffd+|\ufffd+$", regex.VERSION1)
@@ -138,7 +138,9 @@ def compare_texts(
     for name, column in judged.items():
         lack = describe_lack(column, window_tokens) or "".join(missing)
         fields["judged"][name] |= {"missing": lack} if lack else judge_style(measures, column, columns)
-    missing += [OTHER_LANGUAGE] if other_language else []
+    if other_language:
+        missing.append(OTHER_LANGUAGE)
+        fields["style_gain"] = None  # a general text that the model loses with its language would count as gain
     return fields if lacks else fields | compare_style(measures, columns), missing
 
 

@@ -63,9 +63,9 @@ class Report:
     card_metadata: str = ""
 
     @property
-    def place_of_known(self) -> str:
-        """Where unknown words do not stand."""
-        return "not in the book" if self.other_language else "in neither book nor general text"
+    def said_of_unknown(self) -> str:
+        """What is said of unknown words."""
+        return "do not stand in the book" if self.other_language else "stand in neither book nor general text"
 
     def to_dict(self) -> dict[str, Any]:
         """Return the content of report.json."""
@@ -127,7 +127,7 @@ def _list_figures(report: Report) -> list[tuple[str, str, str, dict[str, Any]]]:
         ("forgetting", "% more bits for general text", "", {"finetuned": report.forgetting}),
         ("Burrows' Delta", nearer, "", delta | pick(judged, "delta")),
         ("cosine Delta", nearer, "", cosine),
-        ("unknown words", f"share; {report.place_of_known}", "{:.2%}",
+        ("unknown words", f"share; {report.said_of_unknown}", "{:.2%}",
          (report.unknown_words or {}) | pick(judged, "unknown_words")),
         ("reader's AUC against the book", "0.5: cannot be told apart", "",
          (report.reader_auc or {}) | pick(judged, "reader_auc")),
