@@ -169,7 +169,9 @@ def collect_prompts(args, data, tokenizer, limit):
     for text in texts:
         if text != text.rstrip(" "):
             warn(f"prompt {text!r} ends in a space, which spoils the next token; leave it out")
-    found = [(text, encode_prompt(tokenizer, text), []) for text in texts or DEFAULT_PROMPTS]
+    # A tokenizer with not one token longer than a byte for English text was trained on another language.
+    usual = [text for text in DEFAULT_PROMPTS if not text or len(encode_prompt(tokenizer, text)) < len(text)]
+    found = [(text, encode_prompt(tokenizer, text), []) for text in texts or usual]
     start = start_ids(tokenizer)
     room = limit - args.max_new_tokens - len(start)
     if data and len(data.validation) and room > 0:

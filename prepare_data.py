@@ -23,7 +23,7 @@ def parse_args(argv=None):
     parser = Parser("Turn a book into block-sized token tensors.", epilog="next: python finetune_generative.py")
     add = parser.add_argument_group("text").add_argument
     add("--input-path", nargs="+", type=Path, metavar="FILE", default=[DEFAULT_BOOK],
-        help=f"text files, or folders of .txt and .md files, in this order (default: {DEFAULT_BOOK})")  # fmt: skip
+        help=f"text, EPUB, Word or HTML files, or folders of .txt and .md files (default: {DEFAULT_BOOK})")  # fmt: skip
     add("--encoding", type=text_encoding, default="utf-8", help="text encoding of the files")
     add("--val-split", type=number(float, 0, 1, below=True), default=0.1,
         help="share of the text for validation, 0 up to below 1, taken as whole segments")  # fmt: skip
@@ -48,7 +48,7 @@ if __name__ == "__main__":  # before the heavy imports: --help and a mistyped fl
 from tqdm import tqdm
 
 from utils.data.blocks import FORMAT, read_manifest, save_blocks
-from utils.data.text import find_books, read_book, read_segments
+from utils.data.text import choose_chapters, find_books, read_book, read_segments
 from utils.data.tokenizer import TokenWriter, fingerprint_tokenizer, load_tokenizer, start_ids, train_tokenizer
 from utils.evaluation.ngrams import measure_leakage
 from utils.model.hub import locate_model, position_limit, read_config
@@ -135,10 +135,18 @@ def prepare(args, books, tokenizer, settings):
                           **({"start_id": start_ids(tokenizer)[0]} if start_ids(tokenizer) else {})},
             "books": [{"name": book.path.name, "sha256": book.sha256, "chars": book.n_chars, "words": book.n_words}
                       for book in books],
+            **describe_chapters(args, books),
             **write_blocks(args, books, tokenizer, folder),
         }  # fmt: skip
     clear_folder(args.output_dir, keep=[MANIFEST, *(name.split("/")[0] for name in manifest["files"])])
     return manifest
+
+
+def describe_chapters(args, books):
+    """Return how many chapters the books have, and how many are validation text as a whole; {} without chapters."""
+    count, by_file = sum(len(book.chapters) for book in books), any(book.validation for book in books)
+    whole = 0 if by_file else len(choose_chapters(books, args.val_split, args.seed))
+    return {"chapters": {"count": count, "whole": whole}} if count else {}
 
 
 def write_blocks(args, books, tokenizer, folder):
@@ -178,10 +186,17 @@ def print_summary(args, manifest):
     bytes_per_token = (train["bytes"] + validation["bytes"]) / n_tokens
     n_words = sum(book["words"] for book in manifest["books"])
 
+    chapters = manifest.get("chapters")
+    if chapters:
+        how = (f"{chapters['whole']} whole ones, spread over the book, are validation text" if chapters["whole"]
+               else "segments are cut at paragraph ends within them")  # fmt: skip
+        chapters = f"{chapters['count']}; {how}"
+
     row = ("{segments} segments, {tokens:,} tokens -> {blocks:,} blocks of {block_size} "
            "(tail of {tail_tokens} tokens left out)")  # fmt: skip
     print_table(f"prepared {args.output_dir}", [
         ("text", f"{train['chars'] + validation['chars']:,} characters, {n_words:,} words"),
+        ("chapters", chapters),
         ("tokens", f"{n_tokens:,}, {bytes_per_token:.2f} bytes per token"),
         ("training", row.format(**train, block_size=args.block_size)),
         ("validation", row.format(**validation, block_size=args.block_size)),

@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from utils.data.text import STOPS, WIDE_STOP
 from utils.errors import UserError
 from utils.storage import MANIFEST, join_hashes, read_sealed, verify_folder
 
@@ -118,10 +119,10 @@ class Blocks:
         def match(pattern: str) -> np.ndarray:
             return np.array([bool(re.search(pattern, text)) for text in texts], bool)[inverse]
 
-        line, paragraph, sentence = match(r"\n$"), match(r"\n\n$"), match(r"[.!?][\"'\u201d\u2019)]*$")
+        line, paragraph, sentence = match(r"\n$"), match(r"\n\n$"), match(rf"[.!?{STOPS}][\"'\u201d\u2019)]*$")
         paragraph[1:] |= line[1:] & line[:-1]
         after_line = line[:-1] & ~line[1:]
-        after_sentence = sentence[:-1] & match(r"^ ")[1:]
+        after_sentence = (sentence[:-1] & match(r"^ ")[1:]) | (match(rf"{WIDE_STOP}$")[:-1] & ~line[1:])
         # Whether a prompt may start at each token but the first, in the order of preference.
         orders = [paragraph[:-1] & ~line[1:], after_line, after_line | after_sentence, np.ones_like(after_line)]
         fits = [range(start, end - length + 1) for start, end, _ in self.spans("validation")]
@@ -129,10 +130,20 @@ class Blocks:
             starts = [i for segment in fits for i in segment if i == segment[0] or may_start[i - 1]]
             if len(starts) >= count:
                 break
-        return [
-            (ids[i : i + n_prompt].tolist(), ids[i + n_prompt : i + length].tolist())
-            for i in pick_evenly(starts, count)
-        ]
+        return [self._cut_prompt(ids[i : i + length].tolist(), n_prompt, tokenizer) for i in pick_evenly(starts, count)]
+
+    @staticmethod
+    def _cut_prompt(ids: list[int], n_prompt: int, tokenizer) -> tuple[list[int], list[int]]:
+        """Cut ids into prompt and reference, the prompt up to 3 tokens shorter at either end to have whole characters.
+
+        A character of UTF-8 has 4 bytes at most, and a token may be one of them.
+        """
+        start, end = 0, n_prompt
+        while start < min(3, n_prompt - 1) and tokenizer.decode(ids[start:end]).startswith("\ufffd"):
+            start += 1
+        while end > max(start + 1, n_prompt - 3) and tokenizer.decode(ids[start:end]).endswith("\ufffd"):
+            end -= 1
+        return ids[start:end], ids[end:]
 
     def locate(self, position: int, length: int, tokenizer) -> dict[str, Any]:
         """Locate in the book the training n-gram of `length` tokens at `position` of ids("train").
@@ -144,10 +155,17 @@ class Blocks:
         # A token may start within a character, whose first bytes decode to a replacement that is not counted.
         char = span["chars"][0] + len(tokenizer.decode(ids[start:position]).rstrip("\ufffd"))
         first, last = max(start, position - CONTEXT_TOKENS), min(end, position + length + CONTEXT_TOKENS)
-        cuts = itertools.pairwise([first, position, position + length, last])
-        before, text, after = (tokenizer.decode(ids[a:b]) for a, b in cuts)
+        cuts = [0, position - first, position - first + length, last - first]
+        before, text, after = (text.strip("\ufffd") for text in decode_cuts(tokenizer, ids[first:last], cuts))
         return {"tokens": length, "book": book["name"], "char": char, "share": char / book["chars"],
                 "before": before, "text": text, "after": after}  # fmt: skip
+
+
+def decode_cuts(tokenizer, ids, cuts: list[int]) -> list[str]:
+    """Decode ids in pieces between positions; a character that lies across a cut stands whole in the later piece."""
+    text = tokenizer.decode(ids)
+    ends = [len(tokenizer.decode(ids[:cut]).rstrip("\ufffd")) for cut in cuts[1:-1]]
+    return [text[start:end] for start, end in itertools.pairwise([0, *ends, len(text)])]
 
 
 def pick_evenly(values: list, count: int) -> list:

@@ -11,7 +11,7 @@ import numpy as np
 from utils.data.blocks import Blocks
 from utils.data.text import read_book
 from utils.errors import UserError
-from utils.evaluation.stylometry import split_words
+from utils.evaluation.stylometry import split_terms, split_words
 
 N_WINDOWS = 200  # of training and of validation text, as long as a sample, are compared with the samples
 SEPARATOR = re.compile(r"^---[^\S\n]*$", re.MULTILINE)
@@ -32,9 +32,18 @@ class Column:
         """The words of each text."""
         return [split_words(text) for text in self.texts]
 
+    @functools.cached_property
+    def terms(self) -> list[list[str]]:
+        """The terms of each text."""
+        return [split_terms(text) for text in self.texts]
+
     @property
     def n_words(self) -> int:
         return sum(map(len, self.words))
+
+    @property
+    def n_terms(self) -> int:
+        return sum(map(len, self.terms))
 
 
 def build_column(texts: list[str], ids: list[np.ndarray], groups: list[int], name: str = "") -> Column:

@@ -90,8 +90,8 @@ def count_samples(log_probs: np.ndarray) -> np.ndarray:
         return np.ceil(np.log(0.5) / np.log1p(-np.exp(log_probs))).clip(min=1)
 
 
-def measure_coverage(texts: list[list[str]], book: list[str]) -> dict[str, float]:
-    """Measure which share of a book's words stands in texts (words too), in spans of at least COVERED_WORDS words.
+def measure_coverage(texts: list[list[str]], book: list[str], shortest: int = COVERED_WORDS) -> dict[str, float]:
+    """Measure which share of a book's words stands in texts (words too), in spans of at least `shortest` words.
 
     Returns:
         covered (share, of all texts together), longest_words (longest span of one text) and n_words (of the book).
@@ -99,7 +99,7 @@ def measure_coverage(texts: list[list[str]], book: list[str]) -> dict[str, float
     """
     numbers = defaultdict(itertools.count().__next__)
     *rows, words = (np.array([numbers[word] for word in text], np.int64) for text in (*texts, book))
-    covered = int(mark_sources(rows, words, COVERED_WORDS).sum())
+    covered = int(mark_sources(rows, words, shortest).sum())
     return {"covered": covered / max(1, len(words)), "longest_words": longest_overlap(rows, words)[0],
             "n_words": len(words)}  # fmt: skip
 

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from utils.data.tokenizer import start_ids
 from utils.evaluation.bootstrap import Estimate, center, resample
 from utils.evaluation.ngrams import count_hashes, hash_ngrams
-from utils.evaluation.stylometry import split_words
+from utils.evaluation.stylometry import split_terms
 from utils.model.hub import position_limit
 
 NGRAMS = (1, 2, 3, 4)  # tokens
@@ -90,10 +90,10 @@ class Familiarity:
             columns.append([np.log1p(count).mean() if len(count) else 0.0 for count in counts])
         near_words = [Counter()] * len(texts)
         if near and self.is_whole:
-            near_words = [Counter(split_words(text)) for text in self.tokenizer.batch_decode(near)]
+            near_words = [Counter(split_terms(text)) for text in self.tokenizer.batch_decode(near)]
         unknown = []
         for text, own in zip(texts, near_words, strict=True):
-            words = split_words(text)
+            words = split_terms(text)
             found = [w for w in words if self.words[w] <= own[w] and w not in self.general]
             unknown.append(len(found) / max(1, len(words)))
         return np.array([*columns, unknown]).T

@@ -7,6 +7,7 @@ import io
 import itertools
 import re
 import shutil
+import unicodedata
 from dataclasses import replace
 from pathlib import Path
 
@@ -114,8 +115,15 @@ def _print_texts(console: Console, texts: dict[str, str]) -> None:
 
 
 def make_printable(text: str) -> str:
-    """Replace control characters, which could command a terminal, and drop line feeds at both ends."""
-    return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text.strip("\n"))
+    """Replace control characters, which could command a terminal, and drop line feeds at both ends.
+
+    The spaces and joiners of other scripts stay.
+    """
+
+    def is_shown(c: str) -> bool:
+        return c.isprintable() or c in "\n\u200b\u200c\u200d" or unicodedata.category(c) == "Zs"
+
+    return "".join(c if is_shown(c) else "\ufffd" for c in text.strip("\n"))
 
 
 def render_page(name: str, report: Report) -> str:

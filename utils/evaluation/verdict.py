@@ -18,6 +18,8 @@ AMOUNTS = [
     (0.9, "More than half"),
     (1, "Nearly all"),
 ]
+UNSPACED = ("The script has no spaces between words: words are characters and pairs of neighboring characters; lengths "
+            "and copies count characters.")  # fmt: skip
 FAULTS = {"copies": "it copies", "memorized": "it recites", "forgot": "it forgot much"}
 
 
@@ -31,10 +33,12 @@ def judge(report: Report) -> Report:
     }
     flags = {name: flag for name, (_, flag) in judged.items()}
     gain, *others = [sentence for sentence, _ in judged.values()]
-    faults = [fault for name, fault in FAULTS.items() if flags[name]]
+    faults = [fault for name, fault in FAULTS.items()
+              if flags[name] and not (name == "forgot" and report.other_language)]  # fmt: skip
     if flags["learned_the_book"] is False:
         faults.append("its gain on unseen pages does not show it")
-    headline, writes = describe_gap((report.parts or {}).get("finetuned", {}), faults, *_unknown(report), report.reader)
+    headline, writes = describe_gap((report.parts or {}).get("finetuned", {}), faults, *_unknown(report), report.reader,
+                                    report.said_of_unknown)  # fmt: skip
     opening = [gain, headline] if flags["learned_the_book"] is False else [headline, gain]
     if report.other_book:
         opening.insert(0, "A control: the validation text is of another book than the model was trained on.")
@@ -50,6 +54,7 @@ def judge(report: Report) -> Report:
     closing += [f"{name}: {figures['verdict']}" for name, figures in texts.items()]
     sentences = [
         *opening,
+        UNSPACED if report.unspaced else None,
         _describe_words(report),
         _describe_spelling(report),
         _describe_sense(report),
@@ -66,7 +71,12 @@ def supports(share: dict[str, float]) -> bool:
 
 
 def describe_gap(
-    shares: dict[str, dict], faults: list[str], unknown: float | None, author_unknown: float | None, reader: str | None
+    shares: dict[str, dict],
+    faults: list[str],
+    unknown: float | None,
+    author_unknown: float | None,
+    reader: str | None,
+    said_of_unknown: str = "stand in neither book nor general text",
 ) -> tuple[str | None, bool | None]:
     """Say how far the weakest part has come, and return whether all parts support "writes like the book".
 
@@ -75,6 +85,7 @@ def describe_gap(
         faults: what else speaks against it.
         unknown: share of words that nobody wrote; author_unknown: the author's.
         reader: name of the model that measured the sense.
+        said_of_unknown: Report.said_of_unknown.
     """
     if not shares:
         return None, None
@@ -95,9 +106,7 @@ def describe_gap(
     else:
         clauses = [f"it does not have the book's {missing}"]
     if "spelling" in lacks:
-        clauses.append(
-            f"{unknown:.1%} of its words (the author: {author_unknown:.1%}) stand in neither book nor general text"
-        )
+        clauses.append(f"{unknown:.1%} of its words (the author: {author_unknown:.1%}) {said_of_unknown}")
     if faults:
         clauses.append(f"but {_join(faults)}")
     amount = next(words for bound, words in AMOUNTS if closed["value"] <= bound)
@@ -116,7 +125,8 @@ def _judge_text(report: Report, figures: dict) -> dict:
     copies = None if rate is None else rate > _copy_limit(report)
     faults = [f"{rate:.1%} of its tokens are copied"] if copies else []
     unknown, author_unknown = figures.get("unknown_words"), _unknown(report)[1]
-    sentence, writes = describe_gap(figures.get("parts") or {}, faults, unknown, author_unknown, report.reader)
+    sentence, writes = describe_gap(figures.get("parts") or {}, faults, unknown, author_unknown, report.reader,
+                                    report.said_of_unknown)  # fmt: skip
     if sentence is None:
         sentence = f"Not judged: {figures['missing']}." if figures.get("missing") else "No part could be measured."
         sentence = f"It copies: {faults[0]}. {sentence}" if copies else sentence
@@ -151,7 +161,7 @@ def _describe_words(report: Report) -> str | None:
 def _describe_spelling(report: Report) -> str | None:
     if report.unknown_words is None:
         return None
-    return (f"Spelling: the share of words that stand in neither book nor general text is "
+    return (f"Spelling: the share of words that {report.said_of_unknown} is "
             f"{_enumerate(report.unknown_words, '{:.1%}')}{_describe_share(report, 'spelling')}.")  # fmt: skip
 
 
@@ -224,7 +234,8 @@ def _judge_forgetting(report: Report) -> tuple[str | None, bool | None]:
     amount = ("nothing" if percent <= 0 else "hardly anything" if percent < FORGETS_LITTLE
               else "little" if percent < FORGETS_MUCH else "much")  # fmt: skip
     change = f"{abs(percent):.1f}% {'more' if percent >= 0 else 'fewer'} bits than before"
-    return f"It forgot {amount}: general text costs {change}.", percent >= FORGETS_MUCH
+    language = ", which is of another language than the book," if report.other_language else ""
+    return f"It forgot {amount}: general text{language} costs {change}.", percent >= FORGETS_MUCH
 
 
 def _join(names: list[str], word: str = "and") -> str:
