@@ -26,6 +26,7 @@ CONTROL_BLOCK = 128  # tokens per block of general text if there is no data fold
 SHOWN_NGRAM = ngrams.NGRAM_LENGTHS[0]  # tokens: the shortest copied span that the page marks
 SHOWN_PROMPTS, SHOWN_SAMPLES, CURVE_POINTS = 24, 3, 300
 QUESTIONS = 10  # pairs, and as many single snippets
+SNIPPET_TOKENS = 150  # at most
 
 
 def measure_losses(
@@ -101,6 +102,7 @@ def compare_texts(
             name: ngrams.measure_repetition([row.tolist() for row in pick_evenly(column.ids, fewest)])
             for name, column in columns.items()
         },
+        "by_quarter": {name: ngrams.measure_quarters(column.ids, train) for name, column in columns.items()},
         "lengths": {name: stylometry.measure_lengths(text) for name, text in joined.items()},
         "counts": {
             "texts": {name: len(column.texts) for name, column in columns.items()},
@@ -170,9 +172,10 @@ def make_quiz(samples: list[dict], data: Blocks, tokenizer, seed: int) -> dict[s
     Pairs of author and model come first, then single snippets of other texts where there are enough; {} without pairs.
     """
     rng = np.random.default_rng(seed)
-    length = max((len(s["generated_ids"]) for s in samples), default=1)
+    length = min(SNIPPET_TOKENS, max((len(s["generated_ids"]) for s in samples), default=1))
     real = tokenizer.batch_decode(data.windows("validation", length, 3 * QUESTIONS)) if length > 1 else []
-    made = [s["text"] for s in samples if s["model"] == "finetuned" and len(s["generated_ids"]) == length]
+    own = [s["generated_ids"] for s in samples if s["model"] == "finetuned" and len(s["generated_ids"]) >= length]
+    made = tokenizer.batch_decode([ids[:length] for ids in own])
     made, real = (
         rng.permutation(sorted({re.sub(r"^\S*\s+|\s+\S*$", "", text) for text in texts} - {""})).tolist()
         for texts in (made, real)

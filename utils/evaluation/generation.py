@@ -81,6 +81,15 @@ def encode_prompt(tokenizer, prompt: str) -> list[int]:
     return ids or [tokenizer.eos_token_id]
 
 
+def fit_prompt(ids: list[int], limit: int, new_tokens: int, truncate: bool) -> list[int]:
+    """Return a prompt that fits into the context of `limit` tokens; on request cut at its left end."""
+    if len(ids) <= limit:
+        return ids
+    if not truncate:
+        raise UserError(f"prompt has {len(ids)} tokens, the model takes {limit}; shorten it or give --truncate")
+    return ids[-max(limit - new_tokens, limit // 2) :]
+
+
 class StopTexts:
     """Strings that end a text before them, also where they start or end within a token."""
 
