@@ -70,7 +70,7 @@ def parse_args(argv=None):
     add("--log-every", type=positive, default=1, help="steps between lines of metrics.jsonl")
     add("--report-to", choices=["none", "tensorboard"], default="none", help="also write metrics there")
     add("--sample-prompt", default="The old house", help="prompt to continue at each evaluation")
-    add("--sample-tokens", type=number(int, 0, 1023), default=40, help="tokens of that sample, if they fit; 0 for none")
+    add("--sample-tokens", type=number(int, 0, 1_000_000), default=40, help="tokens of that sample; 0 for none")
     add = parser.add_argument_group("machine").add_argument
     add("--device", type=device_name, default="auto", help="auto, cpu, mps, cuda or cuda:N")
     add("--dtype", choices=["auto", "fp32", "bf16"], default="auto",
@@ -95,7 +95,7 @@ from tqdm import tqdm
 
 from utils.data.blocks import BatchOrder, open_blocks, read_manifest
 from utils.data.tokenizer import fingerprint_tokenizer, load_tokenizer, start_ids
-from utils.evaluation.generation import Decoding, encode_prompt, fit_context, generate_ids
+from utils.evaluation.generation import Decoding, encode_prompt, generate_ids
 from utils.evaluation.loss import describe_result, score_blocks, summarize_loss
 from utils.evaluation.memorization import CopyMonitor
 from utils.evaluation.unseen import save_training_ngrams
@@ -170,7 +170,7 @@ def load_model(args, data, base, folder, checkpoint, device):
     return model, tokenizer
 
 
-def build_setup(args, data, model, tokenizer, device, dtype, order, max_steps, sample, state):
+def build_setup(args, data, model, tokenizer, device, dtype, order, max_steps, sample_ids, state):
     """Decide everything that the loop needs before its first step."""
     autocast = functools.partial(loading.autocast, device, dtype)
     # A resumed run keeps its micro-batch: another one rounds differently.
@@ -182,7 +182,7 @@ def build_setup(args, data, model, tokenizer, device, dtype, order, max_steps, s
         "schedule": build_schedule(args.lr_schedule, args.learning_rate, max_steps, args.warmup_ratio),
         "eval_every": args.eval_every or max(1, max_steps // 10),
         "copy_monitor": CopyMonitor(data, model, tokenizer, args.copy_samples, args.max_copy_rate, args.seed),
-        "sample_ids": sample[0], "sample_tokens": sample[1],
+        "sample_ids": sample_ids,
     })  # fmt: skip
 
 
@@ -291,8 +291,8 @@ def draw_sample(setup, model, tokenizer):
     if not setup.sample_tokens:
         return ""
     decoding = Decoding(max_new_tokens=setup.sample_tokens)
-    seeds, prompts = [setup.seed], [setup.sample_ids]
-    ids = generate_ids(model, tokenizer.eos_token_id, prompts, seeds, decoding, setup.autocast)[0]
+    ids = generate_ids(model, tokenizer.eos_token_id, [setup.sample_ids], [setup.seed], decoding, setup.autocast,
+                       start=start_ids(tokenizer))[0]  # fmt: skip
     return "\n  | " + (setup.sample_prompt + tokenizer.decode(ids)).replace("\n", "\n  | ")
 
 
@@ -349,14 +349,13 @@ def main(args):
             print(f"resuming from step {state.step} of {max_steps} ({checkpoint})")
 
         model, tokenizer = load_model(args, data, base, folder, checkpoint, device)
-        prompt = encode_prompt(tokenizer, args.sample_prompt)
-        sample = fit_context(model, prompt, args.sample_tokens, len(start_ids(tokenizer)))
+        sample_ids = encode_prompt(tokenizer, args.sample_prompt)
         betas = (args.adam_beta1, args.adam_beta2)
         optimizer = build_optimizer(model, args.learning_rate, args.weight_decay, betas, args.adam_epsilon)
         saved = functools.partial(checkpoints.list_checkpoints, args.output_dir)
         explained = functools.partial(explain_failures, state, saved, args.batch_size, args.learning_rate)
         with explained():
-            setup = build_setup(args, data, model, tokenizer, device, dtype, order, max_steps, sample, state)
+            setup = build_setup(args, data, model, tokenizer, device, dtype, order, max_steps, sample_ids, state)
             forecast = forecast_run(setup, model, optimizer, data, state.step, forward_backward)
         print_settings(args, setup, data, model, base, forecast)
         if args.dry_run:

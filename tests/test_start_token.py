@@ -10,12 +10,11 @@ from conftest import add_start_token
 from tokenizers.processors import TemplateProcessing
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from generate_text import fit_prompt
 from utils.data.blocks import open_blocks
 from utils.data.tokenizer import END_OF_TEXT, fingerprint_tokenizer, load_tokenizer, start_ids, train_tokenizer
 from utils.errors import UserError
 from utils.evaluation import compare
-from utils.evaluation.generation import Decoding, encode_prompt, fit_context, generate_ids
+from utils.evaluation.generation import Decoding, encode_prompt, fit_prompt, generate_ids
 from utils.evaluation.loss import cut_blocks, score_blocks, summarize_loss
 from utils.evaluation.memorization import CopyGuard, CopyMonitor
 from utils.evaluation.ngrams import NgramIndex
@@ -145,13 +144,11 @@ def test_bits_per_byte_count_all_of_the_text_and_nothing_else(case):
 
 
 def test_prompts_start_with_it_and_keep_it_when_cut(case):
-    _, _, model, tokenizer, start = case
+    _, _, _, tokenizer, start = case
     text = tokenizer("The old house", add_special_tokens=False)["input_ids"]
     assert encode_prompt(tokenizer, "The old house") == [start, *text]
     assert encode_prompt(tokenizer, "") == [start]
     long = [start, *range(5, 105)]
-    assert fit_context(model, long, 20, 1) == ([start, *range(62, 105)], 20)
-    assert fit_context(model, long[:30], 20, 1) == (long[:30], 20)
     assert fit_prompt(long, 64, 20, True, 1) == [start, *range(62, 105)]
     assert fit_prompt(long, 64, 20, True, 0) == [*range(61, 105)]
 
@@ -186,11 +183,13 @@ def test_the_copy_guard_counts_spans_of_text_alone(case):
     for first in (0, 3, 31, 62):
         text = train[first : first + 4].tolist()
         guard = CopyGuard(index, eos)
-        scores = guard(torch.tensor([[eos, start, *text], [eos, eos, *text]]), torch.zeros(2, 500))
+        scores = torch.zeros(2, 500)
+        guard([start, *text], scores[0])
+        guard(text, scores[1])
         assert torch.equal(scores[0], scores[1])
         assert scores[0, train[first + 4]] == -torch.inf
         assert guard.acted == 2
-        guard(torch.tensor([[start, *text[:3]]]), torch.zeros(1, 500))
+        guard([start, *text[:3]], torch.zeros(500))
         assert guard.acted == 2, "three tokens of text are no span of four"
     prompts = [[start, *train[:9].tolist()]]
     new = generate_ids(model, eos, prompts, [0], Decoding(max_new_tokens=20), FP32, CopyGuard(index, eos))

@@ -148,6 +148,15 @@ def refuse_many_processes() -> None:
         raise UserError(f"{started}: this program trains in one process; start it with python, not torchrun")
 
 
+def plain_text(text: str) -> str:
+    """Parse a text that is not empty; the bytes of a command line need not be UTF-8."""
+    if not text:
+        raise argparse.ArgumentTypeError("must not be empty")
+    if any("\ud800" <= c <= "\udfff" for c in text):
+        raise argparse.ArgumentTypeError("is not valid UTF-8")
+    return text
+
+
 def text_encoding(name: str) -> str:
     """Parse the name of a text encoding that Python knows."""
     try:

@@ -33,6 +33,7 @@ OTHER_LANGUAGE = (
 # Where words have no spaces between them, a cut leaves no part of one but perhaps of a character.
 CUT_WORD = regex.compile(rf"^[\S--{UNSPACED}]*\s+|\s+[\S--{UNSPACED}]*$|^\ufffd+|\ufffd+$", regex.VERSION1)
 QUESTIONS = 10  # pairs, and as many single snippets
+SNIPPET_TOKENS = 150  # at most
 
 
 def measure_losses(
@@ -114,6 +115,7 @@ def compare_texts(
             name: ngrams.measure_repetition([row.tolist() for row in pick_evenly(column.ids, fewest)])
             for name, column in columns.items()
         },
+        "by_quarter": {name: ngrams.measure_quarters(column.ids, train) for name, column in columns.items()},
         "lengths": {name: stylometry.measure_lengths(text) for name, text in joined.items()},
         "counts": {
             "texts": {name: len(column.texts) for name, column in columns.items()},
@@ -184,9 +186,10 @@ def make_quiz(samples: list[dict], data: Blocks, tokenizer, seed: int) -> dict[s
     Pairs of author and model come first, then single snippets of other texts where there are enough; {} without pairs.
     """
     rng = np.random.default_rng(seed)
-    length = max((len(s["generated_ids"]) for s in samples), default=1)
+    length = min(SNIPPET_TOKENS, max((len(s["generated_ids"]) for s in samples), default=1))
     real = tokenizer.batch_decode(data.windows("validation", length, 3 * QUESTIONS)) if length > 1 else []
-    made = [s["text"] for s in samples if s["model"] == "finetuned" and len(s["generated_ids"]) == length]
+    own = [s["generated_ids"] for s in samples if s["model"] == "finetuned" and len(s["generated_ids"]) >= length]
+    made = tokenizer.batch_decode([ids[:length] for ids in own])
     made, real = (
         rng.permutation(sorted({CUT_WORD.sub("", text) for text in texts} - {""})).tolist() for texts in (made, real)
     )

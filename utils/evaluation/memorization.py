@@ -141,20 +141,18 @@ class CopyMonitor:
 
 
 class CopyGuard:
-    """A logits processor that lets no copied span, prompt included, grow longer than the n-grams of a training index.
+    """Lets no copied span of a text, prompt included, grow longer than the n-grams of a training index.
 
-    `acted` counts the tokens before which it forbade others.
+    A rule of generation.TokenChooser. `acted` counts the tokens before which it forbade others.
     """
 
     def __init__(self, index: NgramIndex, eos_token_id: int) -> None:
         self.index, self.eos_token_id, self.acted = index, eos_token_id, 0
 
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Forbid the tokens that would continue an n-gram of training."""
-        for row, ids in enumerate(input_ids.cpu().numpy()):
-            ngram = ids[(ids != self.eos_token_id).argmax() :][-self.index.length :]  # without the padding
-            if len(ngram) == self.index.length and ngram[-1] != self.eos_token_id:
-                forbidden = self.index.following(ngram)
-                scores[row, torch.from_numpy(forbidden.astype("int64")).to(scores.device)] = -torch.inf
-                self.acted += len(forbidden) > 0
-        return scores
+    def __call__(self, ids: list[int], scores: torch.Tensor) -> None:
+        """Forbid, in (V,) scores, the tokens that would continue an n-gram of training; it never spans two books."""
+        ngram = ids[-self.index.length :]
+        if len(ngram) == self.index.length and self.eos_token_id not in ngram:
+            forbidden = self.index.following(np.array(ngram))
+            scores[torch.from_numpy(forbidden.astype("int64")).to(scores.device)] = -torch.inf
+            self.acted += len(forbidden) > 0

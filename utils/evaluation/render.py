@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from utils.evaluation.plots import draw_copying, draw_loss, draw_parts, render_svg
-from utils.evaluation.report import NAMES, Report, list_columns, list_scores
+from utils.evaluation.report import NAMES, Report, list_columns, list_quarters, list_scores
 from utils.storage import write_json, write_text
 
 PAGES = Path(__file__).parent / "pages"
@@ -77,12 +77,12 @@ def render_terminal(report: Report, width: int | None = None) -> str:
     shown = [row for row in report.texts if not row["has_reference"]]
     shown += [row for row in report.texts if row["has_reference"]][:SHOWN_REFERENCES]
     for row in shown:
-        prompt = make_printable(row["prompt"]) or "(none)"
+        prompt = make_printable(row["prompt"].strip("\n")) or "(none)"
         console.print("", "=" * width, f"prompt: {prompt}", "=" * width, sep="\n")
         for texts in itertools.zip_longest(*row["columns"].values()):
             named = zip(row["columns"], texts, strict=True)
             plain = {name: "".join(piece["text"] for piece in text) for name, text in named if text is not None}
-            _print_texts(console, {NAMES[name]: make_printable(text) for name, text in plain.items()})
+            _print_texts(console, {NAMES[name]: make_printable(text.strip("\n")) for name, text in plain.items()})
     sentences = [*report.verdict, *(f"not measured: {reason}" for reason in report.missing)]
     console.print("", *map(make_printable, sentences), sep="\n")
     return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
@@ -115,15 +115,12 @@ def _print_texts(console: Console, texts: dict[str, str]) -> None:
 
 
 def make_printable(text: str) -> str:
-    """Replace control characters, which could command a terminal, and drop line feeds at both ends.
-
-    The spaces and joiners of other scripts stay.
-    """
+    """Replace control characters, which could command a terminal; the spaces and joiners of other scripts stay."""
 
     def is_shown(c: str) -> bool:
         return c.isprintable() or c in "\n\u200b\u200c\u200d" or unicodedata.category(c) == "Zs"
 
-    return "".join(c if is_shown(c) else "\ufffd" for c in text.strip("\n"))
+    return "".join(c if is_shown(c) else "\ufffd" for c in text)
 
 
 def render_page(name: str, report: Report) -> str:
@@ -135,8 +132,9 @@ def render_page(name: str, report: Report) -> str:
     environment.filters |= {"quote": quote, "cell": lambda text: escape(str(text)).replace("\n", " ")}
     drawn = {"gap": draw_gap(report), "plots": draw_plots(report)} if name == "report.html" else {}
     return environment.get_template(name).render(
-        report=report, scores=list_scores(report), names=NAMES, headings=list_columns(report), **drawn
-    )
+        report=report, scores=list_scores(report), quarters=list_quarters(report), names=NAMES,
+        headings=list_columns(report), **drawn,
+    )  # fmt: skip
 
 
 def draw_gap(report: Report) -> str:

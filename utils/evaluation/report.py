@@ -37,6 +37,7 @@ class Report:
     copy_rate: dict[str, dict] | None = None  # by column, then n-gram length
     longest_copy: dict[str, dict] | None = None
     repetition: dict[str, dict] | None = None
+    by_quarter: dict[str, dict] | None = None  # by column: copying and repetition in each quarter of the texts
     lengths: dict[str, dict] | None = None
     counts: dict[str, dict] | None = None
     coverage: dict[str, dict] | None = None  # of the book's words by spans in the texts
@@ -88,6 +89,17 @@ def list_scores(report: Report) -> list[dict[str, str]]:
         if any(cells.values()):
             rows.append({"label": label, "hint": hint, **cells})
     return rows
+
+
+def list_quarters(report: Report) -> list[dict[str, Any]]:
+    """Return copying and repetition by position as rows of label and one text per quarter."""
+    measures = {"copy_rate": "tokens in n-grams of 8+", "repeated_4grams": "repeated 4-grams"}
+    return [
+        {"label": f"{label}: {NAMES[name]}", "quarters": [f"{share:.1%}" for share in quarters[key]]}
+        for key, label in measures.items()
+        for name, quarters in (report.by_quarter or {}).items()
+        if None not in quarters[key]
+    ]
 
 
 def _list_figures(report: Report) -> list[tuple[str, str, str, dict[str, Any]]]:

@@ -9,6 +9,7 @@ from utils.evaluation.style import PARTS, weakest
 FORGETS_LITTLE, FORGETS_MUCH = 1, 20  # percent more bits for general text
 MEMORIZES = 0.1  # of the training blocks continued verbatim
 LOOPS = 0.1  # of the samples
+DECAYS, MIN_QUARTER = 0.1, 500  # rise of a share from the first quarter of the samples to the last; tokens of a quarter
 SUPPORTS = 0.75  # of the gap from base to author, with the author inside the interval
 AMOUNTS = [
     (0.05, "Hardly any"),
@@ -43,6 +44,9 @@ def judge(report: Report) -> Report:
     if report.other_book:
         opening.insert(0, "A control: the validation text is of another book than the model was trained on.")
     closing = []
+    decay, decays = _judge_decay(report)
+    if decays:
+        closing.append(decay)
     loops = (report.repetition or {}).get("finetuned", {}).get("loops") or 0
     if loops >= LOOPS:
         closing.append(f"{loops:.0%} of its samples end in a loop; a higher --temperature helps.")
@@ -62,7 +66,7 @@ def judge(report: Report) -> Report:
         *closing,
     ]
     return replace(report, verdict=[sentence for sentence in sentences if sentence], judged=texts,
-                   flags=flags | {"writes_like_the_book": writes})  # fmt: skip
+                   flags=flags | {"decays": decays, "writes_like_the_book": writes})  # fmt: skip
 
 
 def supports(share: dict[str, float]) -> bool:
@@ -236,6 +240,22 @@ def _judge_forgetting(report: Report) -> tuple[str | None, bool | None]:
     change = f"{abs(percent):.1f}% {'more' if percent >= 0 else 'fewer'} bits than before"
     language = ", which is of another language than the book," if report.other_language else ""
     return f"It forgot {amount}: general text{language} costs {change}.", percent >= FORGETS_MUCH
+
+
+def _judge_decay(report: Report) -> tuple[str, bool | None]:
+    """Compare the last quarter of the samples with the first; what the author's own rises by does not count."""
+    columns = report.by_quarter or {}
+    if "finetuned" not in columns or min(columns["finetuned"]["tokens"]) < MIN_QUARTER:
+        return "", None
+    clauses = []
+    for key, what in (("repeated_4grams", "repeated 4-grams"), ("copy_rate", "copied tokens")):
+        ends = {name: (column[key][0], column[key][-1]) for name, column in columns.items() if None not in column[key]}
+        first, last = ends.get("finetuned", (0.0, 0.0))
+        author_first, author_last = ends.get("reference", (0.0, 0.0))
+        if last - first - max(0.0, author_last - author_first) >= DECAYS:
+            author = f" (author {author_first:.1%} to {author_last:.1%})" if "reference" in ends else ""
+            clauses.append(f"{what} rise from {first:.1%} to {last:.1%}{author}")
+    return f"It decays from the first quarter of its samples to the last: {_join(clauses)}.", bool(clauses)
 
 
 def _join(names: list[str], word: str = "and") -> str:
