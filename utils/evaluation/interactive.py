@@ -4,7 +4,8 @@ import contextlib
 import itertools
 import signal
 import sys
-from collections.abc import Callable
+import termios
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 
 import numpy as np
@@ -55,7 +56,7 @@ def converse(
         seed: of the first opening; that of the next is one higher.
     """
     interrupt, console = Interrupt(), Console(highlight=False, markup=False, emoji=False)
-    is_screen = bool(sys.stdin and sys.stdin.isatty() and console.is_terminal and not console.is_dumb_terminal)
+    is_screen = all(stream and stream.isatty() for stream in (sys.stdin, sys.stdout)) and not console.is_dumb_terminal
     before = signal.getsignal(signal.SIGINT)
     signal.signal(signal.SIGINT, interrupt.receive)
     try:
@@ -132,7 +133,8 @@ def show_plain(texts: Writing, mark: Callable, _console: Console, opening: str) 
 
 def show_columns(texts: Writing, mark: Callable, console: Console, _opening: str) -> None:
     """Show the last lines of the texts while they grow, and the whole texts at their end."""
-    with ThreadPoolExecutor(len(texts.new)) as pool, Live(console=console, transient=True, auto_refresh=False) as live:
+    live = Live(console=console, transient=True, auto_refresh=False)
+    with without_echo(), ThreadPoolExecutor(len(texts.new)) as pool, live:
         tasks = [pool.submit(texts.write, name) for name in texts.new]
         try:
             while wait(tasks, REFRESH_SECONDS).not_done:
@@ -143,6 +145,19 @@ def show_columns(texts: Writing, mark: Callable, console: Console, _opening: str
             task.result()
     console.print(arrange({name: mark(ids) for name, ids in texts.new.items()}, console, False))
     console.print()
+
+
+@contextlib.contextmanager
+def without_echo() -> Iterator[None]:
+    """Keep the terminal from showing what is typed, such as ^C, in the middle of the texts."""
+    before = termios.tcgetattr(sys.stdin)
+    input_flags, output_flags, control_flags, local_flags, *rest = before
+    quiet = [input_flags, output_flags, control_flags, local_flags & ~termios.ECHO, *rest]
+    termios.tcsetattr(sys.stdin, termios.TCSADRAIN, quiet)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(sys.stdin, termios.TCSADRAIN, before)
 
 
 def mark_copied(ids: list[int], index: NgramIndex | None, tokenizer) -> Text:
