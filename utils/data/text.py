@@ -8,10 +8,11 @@ import os
 import random
 import re
 import stat
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from utils.data.doctor import clean
 from utils.errors import UserError, machine_reason
 
 # First bytes of files that are often mistaken for text.
@@ -28,7 +29,10 @@ CUT_PATTERNS = [r"\n(?:[ \t]*\n)+", r"\n+", r"[.!?]['\")\]]*\s+", r"\s+", r""]
 
 @dataclass(frozen=True)
 class Book:
-    """A text file and its size, measured after line ends became LF; `validation`: no part of it is for training."""
+    """A text file and its size, measured after line ends became LF and `cleaned` faults were mended (name: count).
+
+    `validation`: no part of it is for training.
+    """
 
     path: Path
     sha256: str
@@ -36,6 +40,7 @@ class Book:
     n_bytes: int
     n_words: int
     validation: bool = False
+    cleaned: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -63,8 +68,13 @@ def find_books(paths: list[Path]) -> list[Path]:
     return list(found.values())
 
 
-def read_book(path: Path, encoding: str = "utf-8", validation: bool = False) -> tuple[str, Book]:
-    """Read a text file, drop a byte-order mark, and make every line end LF; UserError if it is not text or empty."""
+def read_book(
+    path: Path, encoding: str = "utf-8", validation: bool = False, faults: Sequence[str] = ()
+) -> tuple[str, Book]:
+    """Read a text file, drop a byte-order mark, make every line end LF, and mend the named faults (doctor.FAULTS).
+
+    UserError if it is not text or empty.
+    """
     name = str(path) if len(str(path)) <= 120 else f"{str(path)[:60]}..."
     is_utf8 = codecs.lookup(encoding).name == "utf-8"
     raw = _read_bytes(path, name)
@@ -79,8 +89,11 @@ def read_book(path: Path, encoding: str = "utf-8", validation: bool = False) -> 
     text = text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
     if not text.strip():
         raise UserError(f"{name} has no text, only white space" if raw else f"{name} is empty")
+    text, cleaned = clean(text, faults)
+    if not text.strip():
+        raise UserError(f"{name} has no text left after --clean {','.join(cleaned)}; leave it out")
     digest = hashlib.sha256(raw).hexdigest()
-    return text, Book(path, digest, len(text), len(text.encode()), len(text.split()), validation)
+    return text, Book(path, digest, len(text), len(text.encode()), len(text.split()), validation, cleaned)
 
 
 def _read_bytes(path: Path, name: str) -> bytes:
@@ -131,7 +144,9 @@ def _explain_decoding(raw: bytes, error: UnicodeDecodeError, encoding: str) -> s
     return f"UTF-8: {byte} (line {line}); convert it or give --encoding latin-1"
 
 
-def read_segments(books: list[Book], encoding: str, val_split: float, seed: int) -> Iterator[Segment]:
+def read_segments(
+    books: list[Book], encoding: str, val_split: float, seed: int, faults: Sequence[str] = ()
+) -> Iterator[Segment]:
     """Yield the segments of all books, read one at a time so that memory stays bounded.
 
     Books marked for validation are kept whole, and then all others are for training.
@@ -141,7 +156,7 @@ def read_segments(books: list[Book], encoding: str, val_split: float, seed: int)
     spans = [] if whole else choose_validation_spans(n_chars, val_split, seed)
     offset = 0
     for index, book in enumerate(books):
-        text, again = read_book(book.path, encoding)
+        text, again = read_book(book.path, encoding, faults=faults)
         if again.sha256 != book.sha256:
             raise UserError(f"{book.path} changed while it was read; try again")
         if book.validation:
