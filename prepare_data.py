@@ -9,11 +9,13 @@ import math
 import os
 from pathlib import Path
 
-from utils.cli import Parser, number, parse_first, print_table, run, text_encoding
+from utils.cli import Parser, names_of, number, parse_first, print_table, run, text_encoding
 from utils.errors import UserError, warn
 
 DEFAULT_BOOK = Path("results/data/book.txt")
 MAX_BLOCK = 1024
+# The faults that utils/data/doctor.py knows, in the order of mending.
+CLEAN = ("mojibake", "gutenberg", "pages", "hyphens", "lines", "quotes", "duplicates")
 DEFAULT_BATCH = 8
 # With fewer training tokens than this, the text is memorized before its style is learned.
 SMALL_BOOK_TOKENS = 20_000
@@ -25,6 +27,8 @@ def parse_args(argv=None):
     add("--input-path", nargs="+", type=Path, metavar="FILE", default=[DEFAULT_BOOK],
         help=f"text, EPUB, Word or HTML files, or folders of .txt and .md files (default: {DEFAULT_BOOK})")  # fmt: skip
     add("--encoding", type=text_encoding, default="utf-8", help="text encoding of the files")
+    add("--clean", type=names_of(*CLEAN), default=[], metavar="LIST",
+        help=f"faults of the text to mend, joined by commas: all, or {', '.join(CLEAN)} (default: none)")  # fmt: skip
     add("--val-split", type=number(float, 0, 1, below=True), default=0.1,
         help="share of the text for validation, 0 up to below 1, taken as whole segments")  # fmt: skip
     add("--val-path", nargs="+", type=Path, metavar="FILE",
@@ -47,6 +51,7 @@ if __name__ == "__main__":  # before the heavy imports: --help and a mistyped fl
 
 from tqdm import tqdm
 
+from utils.data import doctor
 from utils.data.blocks import FORMAT, read_manifest, save_blocks
 from utils.data.text import choose_chapters, find_books, read_book, read_segments
 from utils.data.tokenizer import TokenWriter, fingerprint_tokenizer, load_tokenizer, start_ids, train_tokenizer
@@ -57,17 +62,20 @@ from utils.storage import MANIFEST, clear_folder, diff_settings, publish_files, 
 
 
 def read_books(args):
-    """Read every file once and measure it, those of --val-path last."""
+    """Read, measure and examine every file, those of --val-path last; return the books and (file name, finding)."""
     validation = find_books(args.val_path or [])
     apart = {os.path.realpath(path) for path in validation}
     training = [path for path in find_books(args.input_path) if os.path.realpath(path) not in apart]
     if not training:
         raise UserError("--val-path holds every file of --input-path; none is left for training")
-    books = [read_book(path, args.encoding, path in validation)[1] for path in training + validation]
-    for book in books:
+    books, findings = [], []
+    for path in training + validation:
+        text, book = read_book(path, args.encoding, path in validation, args.clean)
+        books.append(book)
+        findings += [(book.path.name, finding) for finding in doctor.examine(text)]
         if args.output_dir.resolve() in book.path.resolve().parents:
             raise UserError(f"output-dir: refusing to use {args.output_dir}; it holds the book {book.path.name}")
-    return books
+    return books, findings
 
 
 def load_model_tokenizer(args):
@@ -90,6 +98,7 @@ def collect_settings(args, books, tokenizer):
         "val_path": [book.path.name for book in books if book.validation] or None,
         "val_split": None if args.val_path else args.val_split,
         "encoding": args.encoding,
+        "clean": ",".join(args.clean) or None,
         "seed": args.seed,
         "model_name": None if args.train_tokenizer else args.model_name,
         "train_tokenizer": args.train_tokenizer,
@@ -123,7 +132,7 @@ def prepare(args, books, tokenizer, settings):
     with publish_files(args.output_dir, manifest, size, "the data") as folder:
         if tokenizer is None:
             print(f"learning a tokenizer of {args.train_tokenizer:,} tokens from the training text", flush=True)
-            segments = read_segments(books, args.encoding, args.val_split, args.seed)
+            segments = read_segments(books, args.encoding, args.val_split, args.seed, args.clean)
             texts = (segment.text for segment in segments if segment.split == "train")
             tokenizer = train_tokenizer(texts, args.train_tokenizer)
         tokenizer.save_pretrained(folder / "tokenizer")
@@ -133,7 +142,8 @@ def prepare(args, books, tokenizer, settings):
             "tokenizer": {"sha256": settings["tokenizer"] or fingerprint_tokenizer(tokenizer),
                           "size": len(tokenizer), "end_of_text_id": tokenizer.eos_token_id,
                           **({"start_id": start_ids(tokenizer)[0]} if start_ids(tokenizer) else {})},
-            "books": [{"name": book.path.name, "sha256": book.sha256, "chars": book.n_chars, "words": book.n_words}
+            "books": [{"name": book.path.name, "sha256": book.sha256, "chars": book.n_chars, "words": book.n_words,
+                       "cleaned": book.cleaned}
                       for book in books],
             **describe_chapters(args, books),
             **write_blocks(args, books, tokenizer, folder),
@@ -154,7 +164,7 @@ def write_blocks(args, books, tokenizer, folder):
     writer = TokenWriter(folder, tokenizer)
     n_chars = sum(book.n_chars for book in books)
     with tqdm(total=n_chars, unit="char", unit_scale=True, desc="tokenizing", delay=1) as bar:
-        for segment in read_segments(books, args.encoding, args.val_split, args.seed):
+        for segment in read_segments(books, args.encoding, args.val_split, args.seed, args.clean):
             writer.write(segment)
             bar.update(len(segment.text))
     start = start_ids(tokenizer)
@@ -178,6 +188,23 @@ def check_block_counts(args, n_tokens, size):
     if empty:
         raise UserError(f"the text gives {total // size} blocks; --val-split {args.val_split:g} of them leaves none "
                         f"for {empty[0]}; change --val-split or use a smaller --block-size")  # fmt: skip
+
+
+def print_faults(books, findings):
+    """Print one line per fault that --clean has mended, and one per fault that it would mend."""
+    rows = []
+    for name, (_, fault, mending) in doctor.FAULTS.items():
+        mended = [book.cleaned[name] for book in books if book.cleaned.get(name)]
+        found = [(book, finding) for book, finding in findings if finding.name == name]
+        if mended:
+            where = f" in {len(mended)} of {len(books)} books" if len(books) > 1 else ""
+            rows.append((name, f"mended: {sum(mended):,} {fault}{where}"))
+        if found:
+            first, finding = found[0]
+            where = f" in {len(found)} of {len(books)} books, first {first}" if len(books) > 1 else ""
+            total = sum(finding.count for _, finding in found)
+            rows.append((name, f"{total:,} {fault}{where}: {finding.example}; --clean {name} {mending}"))
+    print_table("faults of the text", rows or [("none", "found")])
 
 
 def print_summary(args, manifest):
@@ -219,9 +246,10 @@ def main(args):
     is_ours = (args.output_dir / MANIFEST).is_file()
     check_output_dir(args.output_dir, is_ours, "prepare_data.py", args.overwrite, [args.model_name])
     with lock(args.output_dir, "prepare"):
-        books = read_books(args)
+        books, findings = read_books(args)
         tokenizer = None if args.train_tokenizer else load_model_tokenizer(args)
         settings = collect_settings(args, books, tokenizer)
+        print_faults(books, findings)
         sweep(args.output_dir)
         prepared = find_prepared(args, settings)
         manifest = prepared or prepare(args, books, tokenizer, settings)

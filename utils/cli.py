@@ -167,6 +167,19 @@ def text_encoding(name: str) -> str:
     raise argparse.ArgumentTypeError(f"{name!r} is not a text encoding; try utf-8, latin-1 or cp1252")
 
 
+def names_of(*choices: str) -> Callable[[str], list[str]]:
+    """Build an argparse type for a comma-separated list of some choices, or 'all'; the result has their order."""
+
+    def parse(text: str) -> list[str]:
+        names = text.split(",")
+        unknown = [name for name in names if name not in (*choices, "all")]
+        if unknown:
+            raise argparse.ArgumentTypeError(f"{unknown[0][:60]!r} is unknown; use all, or some of {','.join(choices)}")
+        return [name for name in choices if name in names or "all" in names]
+
+    return parse
+
+
 def device_name(text: str) -> str:
     """Parse the name of a device that a training may run on."""
     kind, colon, number = text.partition(":")

@@ -9,12 +9,13 @@ import os
 import random
 import re
 import stat
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import regex
 
+from utils.data.doctor import clean
 from utils.data.formats import ARCHIVES, READERS, convert_book, take_chapters
 from utils.errors import UserError, machine_reason
 
@@ -44,7 +45,10 @@ CHOICES, MAX_MISS = 1000, 0.25  # selections of chapters that are tried; of the 
 
 @dataclass(frozen=True)
 class Book:
-    """A text file and its size, measured after line ends became LF; `validation`: no part of it is for training."""
+    """A text file and its size, measured after line ends became LF and `cleaned` faults were mended (name: count).
+
+    `validation`: no part of it is for training.
+    """
 
     path: Path
     sha256: str
@@ -53,6 +57,7 @@ class Book:
     n_words: int
     validation: bool = False
     chapters: tuple[int, ...] = ()  # characters at which they start, 0 first; () for a book without
+    cleaned: dict[str, int] = field(default_factory=dict)  # how often each fault was mended
 
 
 @dataclass(frozen=True)
@@ -80,21 +85,27 @@ def find_books(paths: list[Path]) -> list[Path]:
     return list(found.values())
 
 
-def read_book(path: Path, encoding: str = "utf-8", validation: bool = False) -> tuple[str, Book]:
-    """Read a text file, drop a byte-order mark, and make every line end LF; UserError if it is not text or empty.
+def read_book(
+    path: Path, encoding: str = "utf-8", validation: bool = False, faults: Sequence[str] = ()
+) -> tuple[str, Book]:
+    """Read a text file, drop a byte-order mark, make every line end LF, and mend the named faults (doctor.FAULTS).
 
-    Files with an ending of formats.READERS are converted to text first.
+    Files with an ending of formats.READERS are converted to text first. UserError if there is no text.
     """
     name = str(path) if len(str(path)) <= 120 else f"{str(path)[:60]}..."
-    raw, suffix, chapters = _read_bytes(path, name), path.suffix.lower(), ()
+    raw, suffix = _read_bytes(path, name), path.suffix.lower()
     is_zip = suffix in ARCHIVES and raw.startswith(b"PK")
     text = "" if is_zip else _decode(raw, encoding, name)
     if suffix in READERS and raw:
-        text, chapters = take_chapters(convert_book(raw if is_zip else text.encode(), suffix, name))
+        text = convert_book(raw if is_zip else text.encode(), suffix, name)
+    text, cleaned = clean(text, faults)
+    text, chapters = take_chapters(text) if suffix in READERS else (text, ())
+    if not text.strip() and cleaned:
+        raise UserError(f"{name} has no text left after --clean {','.join(cleaned)}; leave it out")
     if not text.strip():
         raise UserError(f"{name} has no text, only white space" if raw else f"{name} is empty")
-    digest = hashlib.sha256(raw).hexdigest()
-    return text, Book(path, digest, len(text), len(text.encode()), count_words(text), validation, chapters)
+    digest, n_words = hashlib.sha256(raw).hexdigest(), count_words(text)
+    return text, Book(path, digest, len(text), len(text.encode()), n_words, validation, chapters, cleaned)
 
 
 def count_words(text: str) -> int:
@@ -168,7 +179,9 @@ def _explain_decoding(raw: bytes, error: UnicodeDecodeError, encoding: str) -> s
     return f"UTF-8: {byte} (line {line}); convert it or give --encoding latin-1"
 
 
-def read_segments(books: list[Book], encoding: str, val_split: float, seed: int) -> Iterator[Segment]:
+def read_segments(
+    books: list[Book], encoding: str, val_split: float, seed: int, faults: Sequence[str] = ()
+) -> Iterator[Segment]:
     """Yield the segments of all books, read one at a time so that memory stays bounded.
 
     Books marked for validation are kept whole, and then all others are for training.
@@ -178,7 +191,7 @@ def read_segments(books: list[Book], encoding: str, val_split: float, seed: int)
     spans = [] if whole else choose_chapters(books, val_split, seed)
     spans = spans or ([] if whole else choose_validation_spans(n_chars, val_split, seed))
     for index, book in enumerate(books):
-        text, again = read_book(book.path, encoding)
+        text, again = read_book(book.path, encoding, faults=faults)
         if again.sha256 != book.sha256:
             raise UserError(f"{book.path} changed while it was read; try again")
         chosen = [(offset, offset + len(text))] if book.validation else spans
