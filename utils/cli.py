@@ -18,6 +18,10 @@ from typing import Any, NoReturn
 
 from utils.errors import EXIT_INPUT, EXIT_MACHINE, UserError, machine_reason
 
+if sys.platform == "win32":  # it lacks SIGHUP below, POSIX locks and the syncing of folders
+    print("error: Windows is not supported; expected Linux or macOS, use WSL (wsl --install)", file=sys.stderr)
+    sys.exit(EXIT_INPUT)
+
 MAX_ERROR_CHARS = 240
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
