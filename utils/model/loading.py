@@ -39,7 +39,7 @@ def load_model(folder: Path):
             folder, config=config, dtype=torch.float32, output_loading_info=True,
             use_safetensors=True, local_files_only=True, trust_remote_code=False)  # fmt: skip
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"model: {folder} cannot be loaded: {error}") from None
+        raise UserError(f"model: {folder} cannot be loaded: {error}") from error
     missing, extra = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
     if missing:
         raise UserError(f"model: {folder} lacks {len(missing)} tensors, first {missing[0]}")
@@ -96,7 +96,7 @@ def refuse_misfit(folder: Path, config, shapes: dict[str, list[int]]) -> None:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
     except Exception as error:  # each model family fails in its own way
-        raise UserError(f"model: {folder}: config.json does not fit: {error}") from None
+        raise UserError(f"model: {folder}: config.json does not fit: {error}") from error
     lacking = []
     for name, parameter in model.named_parameters():
         # The hub's gpt2 names its tensors without the prefix.
@@ -131,7 +131,7 @@ def check_causal(config: dict, source: str):
     try:
         return AutoConfig.for_model(kind, **fields)
     except Exception as error:  # each model family validates in its own way
-        raise UserError(f"model: {source}: config.json does not fit: {error}") from None
+        raise UserError(f"model: {source}: config.json does not fit: {error}") from error
 
 
 def new_model(config_path: Path, tokenizer, seed: int):
