@@ -204,7 +204,7 @@ def resume_run(setup, model, optimizer, state, checkpoint):
     """Restore optimizer and RNG state from a checkpoint, whose weights are loaded already."""
     require_space(setup.output_dir, checkpoints.checkpoint_bytes(model), "a checkpoint")
     checkpoints.restore_optimizer(model, optimizer, checkpoint / "optimizer.safetensors")
-    checkpoints.restore_random_state(checkpoint / "rng_state.safetensors")
+    checkpoints.restore_random_state(checkpoint / "rng_state.safetensors", setup.device)
     checkpoints.record_machine(state, setup.device, setup.micro_batch_size)
 
 

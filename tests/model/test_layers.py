@@ -112,6 +112,17 @@ def test_dropout_drops_at_its_rate_and_keeps_the_mean(rate):
         assert both == pytest.approx(rate**2, abs=5 * rate / n**0.5)
 
 
+def test_a_rate_that_16_bits_cannot_hold_keeps_its_share_and_its_scale():
+    torch.manual_seed(2)
+    kept = sum(layers.fast_dropout(torch.ones(1000, 1000), 0.999999).unique(return_counts=True)[1][1:].sum().item()
+               for _ in range(20))  # fmt: skip
+    assert abs(kept - 20) < 5 * 20**0.5
+    out = layers.fast_dropout(torch.ones(1000, 10_000), 0.999999)
+    assert out.max().item() == pytest.approx(1e6, rel=1e-3)
+    assert out.isfinite().all()
+    assert layers.fast_dropout(torch.ones(10), 1 - 2**-16).isfinite().all()
+
+
 def test_dropout_follows_the_seed_and_is_off_in_evaluation():
     layer, values = layers.FastDropout(0.3), torch.randn(50, 7)
     torch.manual_seed(5)

@@ -214,7 +214,7 @@ def open_blocks(folder: Path) -> Blocks:
     try:
         splits = _map_splits(folder, manifest)
     except Exception as error:  # Arrow and datasets each fail in their own ways
-        raise UserError(f"data: {folder} is damaged, run prepare_data.py again: {error}") from None
+        raise UserError(f"data: {folder} is damaged, run prepare_data.py again: {error}") from error
     return Blocks(folder, manifest, splits["train"], splits["validation"])
 
 

@@ -40,7 +40,7 @@ def load_tokenizer(folder: Path):
         raise UserError(f"tokenizer: {folder} needs a package that is not installed: {error}") from None
     except Exception as error:  # each kind fails in its own way, the Rust library with a bare Exception
         what = "/tokenizer.json is damaged" if type(error) is Exception else " is damaged, it cannot be loaded"
-        raise UserError(f"tokenizer: {folder}{what}: {error}") from None
+        raise UserError(f"tokenizer: {folder}{what}: {error}") from error
     if tokenizer.eos_token_id is None:
         raise UserError(f"tokenizer: {folder} has no end-of-text token")
     if len(start_ids(tokenizer)) > 1:

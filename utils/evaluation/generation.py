@@ -63,10 +63,10 @@ class SeededSampling:
         return torch.full_like(scores, -torch.inf).scatter_(1, drawn, 0.0)
 
     def _draw(self, rows: list[int], weights: torch.Tensor) -> torch.Tensor:
-        """Draw a token of each row by its weight; float64 needs NumPy, because Apple's GPUs do not have it."""
+        """Draw a token of each row by its weight; float64 is NumPy's alone, because Apple's GPUs do not have it."""
         drawn = []
         for row, cumulative in zip(rows, np.cumsum(weights.cpu().numpy(), axis=-1, dtype=np.float64), strict=True):
-            point = torch.rand(1, generator=self.generators[row], dtype=torch.float64).item() * cumulative[-1]
+            point = torch.randint(2**53, (1,), generator=self.generators[row]).item() / 2**53 * cumulative[-1]
             drawn.append(min(int(np.searchsorted(cumulative, point, side="right")), len(cumulative) - 1))
         return torch.tensor(drawn, device=weights.device)[:, None]
 

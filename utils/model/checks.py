@@ -60,7 +60,7 @@ def refuse_misfit(folder: Path, config, shapes: dict[str, list[int]]) -> None:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
     except Exception as error:  # each model family fails in its own way
-        raise UserError(f"model: {folder}: config.json does not fit: {error}") from None
+        raise UserError(f"model: {folder}: config.json does not fit: {error}") from error
     lacking = []
     for name, parameter in model.named_parameters():
         # The hub's gpt2 names its tensors without the prefix.
@@ -97,7 +97,7 @@ def check_causal(config: dict, source: str):
         config = AutoConfig.for_model(kind, **fields)
         is_text = config.get_text_config() is config
     except Exception as error:  # each model family validates in its own way
-        raise UserError(f"model: {source}: config.json does not fit: {error}") from None
+        raise UserError(f"model: {source}: config.json does not fit: {error}") from error
     if config.is_encoder_decoder:
         raise UserError(f"model: {source} is {kind}, an encoder and a decoder, not a causal language model")
     if not is_text:

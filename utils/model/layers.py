@@ -45,9 +45,11 @@ class FastDropout(torch.nn.Dropout):
 
 def fast_dropout(values: torch.Tensor, rate: float) -> torch.Tensor:
     """Zero each element with probability `rate`, exact to 2 ** -17, and scale up the others."""
-    n_dropped = min(round(rate * 2**16), 2**16 - 1)  # of the 2 ** 16 values that 16 bits have
+    n_dropped = round(rate * 2**16)  # of the 2 ** 16 values that 16 bits have
     if not n_dropped:
         return values
+    if n_dropped == 2**16:  # 16 bits cannot keep less than one in 2 ** 16
+        return torch.nn.functional.dropout(values, rate)
     drawn = torch.empty(-(-values.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
     kept = drawn.view(torch.int16)[: values.numel()].view(values.shape) >= n_dropped - 2**15
     return values * (kept.to(values.dtype) * (2**16 / (2**16 - n_dropped)))

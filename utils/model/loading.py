@@ -49,7 +49,7 @@ def load_model(folder: Path, dropout: float | None = None):
             folder, config=config, dtype=torch.float32, output_loading_info=True,
             use_safetensors=True, local_files_only=True, trust_remote_code=False)  # fmt: skip
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"model: {folder} cannot be loaded: {error}") from None
+        raise UserError(f"model: {folder} cannot be loaded: {error}") from error
     missing, extra = sorted(info["missing_keys"]), find_learned(folder, info["unexpected_keys"])
     if missing:
         raise UserError(f"model: {folder} lacks {len(missing)} tensors, first {missing[0]}")

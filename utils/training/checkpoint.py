@@ -3,6 +3,8 @@
 import copy
 import platform
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -78,7 +80,7 @@ def save_checkpoint(output_dir: Path, model, tokenizer, optimizer, state: TrainS
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         save_optimizer(model, optimizer, partial / OPTIMIZER)
-        save_random_state(partial / RANDOM)
+        save_random_state(partial / RANDOM, model.device)
         write_json(partial / STATE, asdict(state))
     remove_older(folder, keep)
     return folder
@@ -216,19 +218,39 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
         raise UserError(f"{path} is damaged: {error}") from None
 
 
-def save_random_state(path: Path) -> None:
-    """Write the state of torch's generators, from which dropout draws."""
+def get_random_state(device: torch.device) -> dict[str, torch.Tensor]:
+    """Return the states of the generators from which a run on `device` draws: the CPU's and the device's own."""
     states = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state()
-    save_file(states, path)
+    if device.type != "cpu":
+        states[device.type] = torch.get_device_module(device).get_rng_state(device)
+    return states
 
 
-def restore_random_state(path: Path) -> None:
+def set_random_state(states: dict[str, torch.Tensor], device: torch.device) -> None:
+    """Set the generators to the output of get_random_state; a state of another type of device is left out."""
+    torch.set_rng_state(states["cpu"])
+    if device.type != "cpu" and device.type in states:
+        torch.get_device_module(device).set_rng_state(states[device.type], device)
+
+
+@contextmanager
+def keep_random_state(device: torch.device) -> Iterator[None]:
+    """Restore the generators of the CPU and of `device`, and no others, when the context ends."""
+    states = get_random_state(device)
+    try:
+        yield
+    finally:
+        set_random_state(states, device)
+
+
+def save_random_state(path: Path, device: torch.device) -> None:
+    """Write the states of torch's generators, from which dropout draws."""
+    save_file(get_random_state(device), path)
+
+
+def restore_random_state(path: Path, device: torch.device) -> None:
     """Restore torch's generators from save_random_state's file; UserError for a state of another size."""
     states, expected = read_tensors(path), len(torch.get_rng_state())
     if "cpu" not in states or len(states["cpu"]) != expected:
         raise UserError(f"{path}: {len(states.get('cpu', []))} bytes, expected {expected}")
-    torch.set_rng_state(states["cpu"])
-    if "cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states["cuda"])
+    set_random_state(states, device)
