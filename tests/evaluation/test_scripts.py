@@ -242,7 +242,7 @@ def test_spaces_and_joiners_of_other_scripts_can_be_printed():
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_a_book_in_its_own_script_from_scratch(language, script, tmp_path):
     folder, config = tmp_path, {"model_type": "gpt2", "n_positions": 128, "n_embd": 64, "n_layer": 2, "n_head": 2}
-    (folder / "book.txt").write_text(make_text(language, 1200), encoding="utf-8")
+    (folder / "book.txt").write_text(make_text(language, 1600), encoding="utf-8")
     (folder / "config.json").write_text(json.dumps(config))
     flags = ["--input-path", folder / "book.txt", "--train-tokenizer", 500, "--block-size", 64]
     assert script("prepare_data", *flags, "--output-dir", folder / "blocks").code == 0
