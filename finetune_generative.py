@@ -11,18 +11,8 @@ import time
 from contextlib import closing, nullcontext
 from pathlib import Path
 
-from utils.cli import (
-    Parser,
-    StopSignal,
-    auto_or,
-    device_name,
-    ignore_signals,
-    number,
-    parse_first,
-    print_table,
-    refuse_many_processes,
-    run,
-)
+from utils.argument_types import auto_or, device_name, number
+from utils.cli import Parser, StopSignal, ignore_signals, parse_first, print_table, refuse_many_processes, run
 from utils.errors import UserError, explain_failures, require_finite, warn
 
 # Flags that do not shape the result: a run may be resumed with other values of these.

@@ -14,18 +14,8 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
-from utils.cli import (
-    Parser,
-    StopSignal,
-    device_name,
-    language_code,
-    license_name,
-    number,
-    parse_first,
-    plain_text,
-    print_table,
-    run,
-)
+from utils.argument_types import device_name, language_code, license_name, number, plain_text, temperature
+from utils.cli import Parser, StopSignal, parse_first, print_table, run
 from utils.errors import UserError, warn
 
 PROMPT_TOKENS = 32  # of a prompt from validation text
@@ -34,13 +24,6 @@ MAX_TOKENS = 1_000_000  # per sample
 DEFAULT_PROMPTS = ["The old house", ""]
 LIVE_FLAGS = {"to_file", "words", "interactive"}  # with which nothing is measured
 CONTROL = Path("results/data/control.txt")
-
-
-def temperature(text):
-    value = number(float, 0)(text)
-    if 0 < value < 1e-4:
-        raise argparse.ArgumentTypeError(f"{text} is too small; use 0")
-    return value
 
 
 def parse_args(argv=None):
@@ -109,7 +92,7 @@ from utils.data.blocks import open_blocks
 from utils.data.text import read_book
 from utils.data.tokenizer import fingerprint_tokenizer, start_ids
 from utils.evaluation import compare, stylometry
-from utils.evaluation.columns import build_columns, column_of_file
+from utils.evaluation.columns import build_columns, columns_of_files
 from utils.evaluation.generation import Decoding, StopTexts, encode_prompt, fit_prompt, generate_ids
 from utils.evaluation.interactive import converse
 from utils.evaluation.longtext import check_new_file, write_text_file
@@ -311,16 +294,9 @@ def load_reader(args, folders, models, tokenizer, device):
 
 def open_judged(args, data, tokenizer):
     """Return the texts of the --judge files as columns, by the files' names without their endings."""
-    paths = args.judge or []
-    if paths and not (data and args.measure):
+    if args.judge and not (data and args.measure):
         raise UserError("--judge needs the training text, and measures; give --data-dir, leave out --no-measure")
-    stems = [path.stem for path in paths]
-    for stem in stems:
-        if not stem.isprintable():
-            raise UserError(f"--judge: {stem!r} has characters that cannot be printed; rename the file")
-        if stems.count(stem) > 1:
-            raise UserError(f"--judge: two files are called {stem}; rename one")
-    return {path.stem: column_of_file(path, tokenizer, args.max_new_tokens) for path in paths}
+    return columns_of_files(args.judge or [], tokenizer, args.max_new_tokens)
 
 
 def measure(args, models, tokenizer, data, control, limit, samples, judged, recorded, read, autocast):

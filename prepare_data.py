@@ -9,7 +9,8 @@ import math
 import os
 from pathlib import Path
 
-from utils.cli import Parser, names_of, number, parse_first, print_table, run, text_encoding
+from utils.argument_types import names_of, number, text_encoding
+from utils.cli import Parser, parse_first, print_table, run
 from utils.errors import UserError, warn
 
 DEFAULT_BOOK = Path("results/data/book.txt")

@@ -18,7 +18,7 @@ from huggingface_hub.utils import filter_repo_objects, validate_repo_id
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 import generate_text
-from utils.cli import LICENSES
+from utils.argument_types import LICENSES
 from utils.errors import UserError
 from utils.evaluation.render import describe_card, describe_terms
 from utils.evaluation.report import Report

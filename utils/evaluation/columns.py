@@ -91,6 +91,17 @@ def read_judged(path: Path) -> list[tuple[str, object]]:
     return rows
 
 
+def columns_of_files(paths: list[Path], tokenizer, length: int) -> dict[str, Column]:
+    """Return the texts of files as columns, by the files' names without their endings."""
+    stems = [path.stem for path in paths]
+    for stem in stems:
+        if not stem.isprintable():
+            raise UserError(f"--judge: {stem!r} has characters that cannot be printed; rename the file")
+        if stems.count(stem) > 1:
+            raise UserError(f"--judge: two files are called {stem}; rename one")
+    return {path.stem: column_of_file(path, tokenizer, length) for path in paths}
+
+
 def column_of_file(path: Path, tokenizer, length: int) -> Column:
     """Return the texts of a file, longer ones cut into windows of `length` tokens.
 
