@@ -29,7 +29,7 @@ def test_a_defect_in_a_data_worker_keeps_its_traceback():
 
 @pytest.mark.parametrize("error", KILLED)
 def test_a_killed_data_worker_is_named_and_the_cause_is_kept(error):
-    with pytest.raises(UserError, match="a data worker was killed.* at step 7") as raised, explained():
+    with pytest.raises(UserError, match=r"a data worker was killed.* at step 7") as raised, explained():
         raise error
     assert raised.value.code == EXIT_MACHINE
     assert raised.value.__cause__ is error
