@@ -14,7 +14,7 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
-from utils.cli import Parser, number, parse_first, print_table, run
+from utils.cli import Parser, device_name, language_code, license_name, number, parse_first, print_table, run
 from utils.errors import UserError, warn
 
 PROMPT_TOKENS = 32  # of a prompt from validation text
@@ -60,9 +60,12 @@ def parse_args(argv=None):
     add("--no-repeat-ngram-size", type=number(int, 0), default=0, help="length of n-grams not to repeat; 0 for none")
     add("--max-copy", type=number(int, 1, 1023), metavar="N", help="copy no span of training longer than N tokens")
     add("--seed", type=number(int, 0, 2**32 - 1), default=42, help="seed of the first sample; both models use the same")
+    add = parser.add_argument_group("model card (README.md)").add_argument
+    add("--language", type=language_code, metavar="CODE", help="language, such as en (default: the base's card's)")
+    add("--license", type=license_name, metavar="NAME", help="license, such as mit (default: the base's card's)")
     add = parser.add_argument_group("machine").add_argument
     add("--batch-size", type=number(int, 1), default=32, help="prompts continued at once")
-    add("--device", default="auto", choices=["auto", "cpu", "mps", "cuda"], help="device to compute on")
+    add("--device", type=device_name, default="auto", help="auto, cpu, mps, cuda or cuda:N")
     add("--dtype", choices=["auto", "fp32", "bf16"], default="auto",
         help="number type of sampling; auto: bf16 where the hardware has it; losses are always in fp32")  # fmt: skip
     return parser.parse_args(argv)
@@ -82,7 +85,7 @@ from utils.evaluation.generation import Decoding, encode_prompt, generate_ids
 from utils.evaluation.memorization import CopyGuard
 from utils.evaluation.ngrams import NgramIndex
 from utils.evaluation.reader import read_texts
-from utils.evaluation.render import render_terminal, write_report
+from utils.evaluation.render import describe_terms, render_terminal, write_report
 from utils.evaluation.report import Report
 from utils.evaluation.unseen import check_unseen
 from utils.evaluation.verdict import judge
@@ -289,7 +292,7 @@ def describe_settings(args, base_name, folders, data, dtype):
     settings["judge"] = ", ".join(map(str, args.judge)) if args.judge else None
     settings["judged_sha256"] = {path.stem: hash_file(path) for path in args.judge or []}
     settings["control_sha256"] = hash_file(args.control_path) if args.measure and args.control_path.is_file() else None
-    return settings
+    return settings | describe_terms(folders["base"], args.language, args.license)
 
 
 def main(args):

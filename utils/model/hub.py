@@ -15,7 +15,7 @@ from utils.errors import EXIT_MACHINE, UserError, machine_reason, warn
 from utils.storage import hash_file, hash_files, read_json
 
 EMBEDDED_BASE = "results/base_model"
-FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
+FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "README.md"]
 MAX_LAYERS = 10_000
 ANSWER_SECONDS = 4
 # A download of less than this many bytes in so many seconds is given up.
