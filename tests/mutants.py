@@ -26,6 +26,8 @@ SLOWER = [
     for name in (
         *("test_finetune_generative", "test_identity", "test_damage", "test_disk", "test_signals"),
         *("test_prepare_data", "data/test_blocks", "test_refusals", "evaluation/test_unseen"),
+        *("test_errors", "test_machines", "training/test_forecast", "model/test_layers"),
+        *("evaluation/test_report", "evaluation/test_sharing"),
         *(f"evaluation/test_{name}" for name in ("compare", "columns", "reader", "style", "bootstrap", "verdict")),
     )
 ]
@@ -73,6 +75,14 @@ GUARDS = [
     ("utils/training/checkpoint.py", "            if value is None or value.shape != expected:\n",
      "            if False:\n"),
     ("utils/training/checkpoint.py", '    torch.set_rng_state(states["cpu"])\n', ""),
+    ("utils/training/checkpoint.py", "set_rng_state(states[device.type], device)", "id(states)"),
+    ("utils/training/forecast.py", "    with keep_random_state(setup.device):\n", "    if True:\n"),
+    ("utils/training/forecast.py", "mean(passes[WARM_UP_STEPS:])", "mean(passes)"),
+    ("utils/model/layers.py", "    if n_dropped == 2**16:", "    if False:"),
+    ("utils/errors.py", '"DataLoader worker (pid"', '"DataLoader worker"'),
+    ("utils/evaluation/render.py", "if found := BLOCK_START.match(escaped):", "if found := None:"),
+    ("utils/evaluation/render.py", "base_model=None if Path(base).is_dir() else base", "base_model=base"),
+    ("utils/evaluation/render.py", "if _is_text(known.get(name))", "if known.get(name)"),
     ("utils/training/checkpoint.py", '    if "cpu" not in states or len(states["cpu"]) != expected:\n',
      "    if False:\n"),
     ("utils/training/checkpoint.py", "    for old in saved[saved.index(folder) :][keep:]:\n", "    for old in []:\n"),

@@ -95,7 +95,6 @@ def test_a_rate_that_16_bits_cannot_hold_keeps_its_share_and_its_scale():
     assert layers.fast_dropout(torch.ones(10), 1 - 2**-16).isfinite().all()
 
 
-
 def test_dropout_follows_the_seed_and_is_off_in_evaluation():
     layer, values = layers.FastDropout(0.3), torch.randn(50, 7)
     torch.manual_seed(5)
