@@ -84,7 +84,7 @@ def _read_numbers(path: Path) -> dict[str, int]:
 
 
 def peak_bytes(device: torch.device) -> int:
-    """Return the peak memory of this process: on a GPU that allocated there, else the resident memory."""
+    """Return the peak memory of this process: allocated on a GPU, else resident."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if device.type == "mps":
