@@ -83,7 +83,7 @@ def _select_markup(raw: bytes, suffix: str, name: str) -> bytes:
     except UserError:
         raise
     except Exception as error:  # zipfile and its decompressors each fail in their own ways
-        raise UserError(f"{name} is damaged, it cannot be unpacked: {error or type(error).__name__}") from None
+        raise UserError(f"{name} is damaged, it cannot be unpacked: {error or type(error).__name__}") from error
     return kept.getvalue()
 
 

@@ -138,7 +138,7 @@ def refuse_noncausal(model, source: str) -> None:
     try:
         first, second = model(input_ids=torch.tensor([[0, 0], [0, last]]), use_cache=False).logits[:, 0].float()
     except Exception as error:  # each model family fails in its own way
-        raise UserError(f"model: {source} cannot read two tokens: {error}") from None
+        raise UserError(f"model: {source} cannot read two tokens: {error}") from error
     if not torch.allclose(first, second, rtol=1e-3, atol=1e-3 * first.abs().max().item()):
         kind = model.config.model_type
         raise UserError(f"model: {source} is {kind}, which sees the tokens that follow, not a causal language model")
