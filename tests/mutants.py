@@ -29,6 +29,7 @@ SLOWER = [
         *("test_errors", "test_machines", "training/test_forecast", "model/test_layers", "model/test_families"),
         *("test_start_token", "evaluation/test_report", "evaluation/test_sharing"),
         *(f"evaluation/test_{name}" for name in ("compare", "columns", "reader", "style", "bootstrap", "verdict")),
+        *(f"evaluation/test_{name}" for name in ("generation", "longtext", "interactive")),
     )
 ]
 MUTATED = ["utils/storage.py", "utils/output_dir.py", "utils/training/checkpoint.py"]
@@ -136,6 +137,18 @@ GUARDS = [
     ("utils/evaluation/reader.py", "counts = [total - part for total, part in zip(counts, own, strict=True)]", "pass"),
     ("utils/evaluation/bootstrap.py", " or np.percentile((base.draws - redrawn) / gap, 2.5) < MIN_OWN_SHARE", ""),
     ("utils/evaluation/verdict.py", ' and share["high"] >= 1', ""),
+    ("utils/evaluation/generation.py", "rule(self.texts[row], ", "rule(self.windows[row], "),
+    ("utils/evaluation/generation.py", "            if len(window) >= limit:\n",
+     "            if max(map(len, self.windows)) >= limit:\n"),
+    ("utils/evaluation/generation.py", "[self.sampling.generators[number] for number in kept]",
+     "self.sampling.generators"),
+    ("utils/evaluation/generation.py",
+     "in enumerate(self.rows) if not self.finished[row]]\n        for number, row in writing",
+     "in enumerate(self.rows)]\n        for number, row in writing"),
+    ("utils/evaluation/longtext.py", "            os.truncate(self.path, self.n_bytes)\n", ""),
+    ("utils/evaluation/longtext.py", "self.pending[: len(self.pending) - held]", "self.pending"),
+    ("utils/evaluation/longtext.py", '"xb"', '"wb"'),
+    ("utils/evaluation/interactive.py", "& ~termios.ECHO", ""),
     ("utils/evaluation/verdict.py", ' and not faults and "sense" in has', ' and "sense" in has'),
 ]  # fmt: skip
 

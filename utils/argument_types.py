@@ -72,7 +72,7 @@ def plain_text(text: str) -> str:
     if not text:
         raise argparse.ArgumentTypeError("must not be empty")
     if any("\ud800" <= c <= "\udfff" for c in text):
-        raise argparse.ArgumentTypeError("is not valid UTF-8")
+        raise argparse.ArgumentTypeError("must be valid UTF-8")
     return text
 
 

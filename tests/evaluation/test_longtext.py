@@ -135,3 +135,6 @@ def test_only_a_new_file_is_written(tmp_path):
         with pytest.raises(UserError, match=says):
             check_new_file(tmp_path / name)
     check_new_file(tmp_path / "chapter.txt")
+    with pytest.raises(FileExistsError):  # made by another since the check
+        SentenceFile(tmp_path / "there", None)
+    assert (tmp_path / "there").read_text() == "another's"

@@ -16,7 +16,7 @@ from markdown_it import MarkdownIt
 
 from utils.evaluation.plots import draw_copying, draw_loss, draw_parts, render_svg
 from utils.evaluation.render import draw_gap, draw_plots, escape, quote, render_page, render_terminal
-from utils.evaluation.report import Report, list_scores
+from utils.evaluation.report import Report, list_quarters, list_scores
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
@@ -48,6 +48,13 @@ def test_all_pages_carry_the_same_numbers(measured, report):
         for row in rows:
             for name in ("base", "finetuned", "reference"):
                 assert row[name] in page
+    quarters = list_quarters(report)
+    assert len(quarters) == 6
+    for name in ("report.html", "report.md"):
+        for row in quarters:
+            assert row["label"] in text[name]
+            for share in row["quarters"]:
+                assert share in text[name]
     shown = render_terminal(report, width=120)
     for row in rows:
         assert row["finetuned"].split(" [")[0] in shown

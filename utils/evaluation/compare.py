@@ -188,8 +188,9 @@ def make_quiz(samples: list[dict], data: Blocks, tokenizer, seed: int) -> dict[s
     rng = np.random.default_rng(seed)
     length = min(SNIPPET_TOKENS, max((len(s["generated_ids"]) for s in samples), default=1))
     real = tokenizer.batch_decode(data.windows("validation", length, 3 * QUESTIONS)) if length > 1 else []
-    own = [s["generated_ids"] for s in samples if s["model"] == "finetuned" and len(s["generated_ids"]) >= length]
-    made = tokenizer.batch_decode([ids[:length] for ids in own])
+    own = [s for s in samples if s["model"] == "finetuned" and len(s["generated_ids"]) >= length]
+    made = [s["text"] if len(s["generated_ids"]) == length else tokenizer.decode(s["generated_ids"][:length])
+            for s in own]  # fmt: skip
     made, real = (
         rng.permutation(sorted({CUT_WORD.sub("", text) for text in texts} - {""})).tolist() for texts in (made, real)
     )

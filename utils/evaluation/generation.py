@@ -86,7 +86,7 @@ def fit_prompt(ids: list[int], limit: int, new_tokens: int, truncate: bool, n_st
     if len(ids) <= limit:
         return ids
     if not truncate:
-        raise UserError(f"prompt has {len(ids)} tokens, the model takes {limit}; shorten it or give --truncate")
+        raise UserError(f"prompt has {len(ids)} tokens, the model takes {limit}; cut it or give --truncate")
     return ids[:n_start] + ids[n_start - max(limit - new_tokens, limit // 2) :]
 
 
