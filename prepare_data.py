@@ -28,7 +28,7 @@ def parse_args(argv=None):
     add("--input-path", nargs="+", type=Path, metavar="FILE", default=[DEFAULT_BOOK],
         help=f"text, EPUB, Word or HTML files, or folders of .txt and .md files (default: {DEFAULT_BOOK})")  # fmt: skip
     add("--encoding", type=text_encoding, default="utf-8", help="text encoding of the files")
-    add("--clean", type=names_of(*CLEAN), default=[], metavar="LIST",
+    add("--clean", type=names_of(*CLEAN), metavar="LIST",
         help=f"faults of the text to mend, joined by commas: all, or {', '.join(CLEAN)} (default: none)")  # fmt: skip
     add("--val-split", type=number(float, 0, 1, below=True), default=0.1,
         help="share of the text for validation, 0 up to below 1, taken as whole segments")  # fmt: skip
@@ -99,7 +99,7 @@ def collect_settings(args, books, tokenizer):
         "val_path": [book.path.name for book in books if book.validation] or None,
         "val_split": None if args.val_path else args.val_split,
         "encoding": args.encoding,
-        "clean": ",".join(args.clean) or None,
+        "clean": ",".join(args.clean) if args.clean else None,
         "seed": args.seed,
         "model_name": None if args.train_tokenizer else args.model_name,
         "train_tokenizer": args.train_tokenizer,

@@ -44,7 +44,10 @@ def typeset(text, rng, divide=0.0, slack=8):
         for word in line.split(" ") if len(line) > width else [line]:
             if row and len(row) + 1 + len(word) > room:
                 at = room - len(row) - 2
-                if divide > rng.random() and re.fullmatch(r"[a-z]{6,}[.,]?", word) and at >= 2 and len(word) - at > 3:
+                compound = re.match(r"[A-Za-z]+-(?=[A-Za-z])", word)
+                if divide and compound and compound.end() <= at + 1:
+                    row, word = f"{row} {compound[0]}", word[compound.end() :]
+                elif divide > rng.random() and re.fullmatch(r"[a-z]{6,}[.,]?", word) and at >= 2 and len(word) - at > 3:
                     row, word = f"{row} {word[:at]}-", word[at:]
                 rows.append(row)
                 row, room = "", width - rng.randint(0, slack)

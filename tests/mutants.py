@@ -25,9 +25,9 @@ SLOWER = [
     f"tests/{name}.py"
     for name in (
         *("test_finetune_generative", "test_identity", "test_damage", "test_disk", "test_signals"),
-        *("test_prepare_data", "data/test_formats", "data/test_blocks", "test_refusals", "evaluation/test_unseen"),
+        *("test_prepare_data", "data/test_formats", "data/test_blocks", "data/test_doctor", "test_refusals"),
         *("test_errors", "test_machines", "training/test_forecast", "model/test_layers", "model/test_families"),
-        *("test_start_token", "evaluation/test_report", "evaluation/test_sharing"),
+        *("test_start_token", "evaluation/test_report", "evaluation/test_sharing", "evaluation/test_unseen"),
         *(f"evaluation/test_{name}" for name in ("compare", "columns", "reader", "style", "bootstrap", "verdict")),
         *(f"evaluation/test_{name}" for name in ("generation", "longtext", "interactive")),
     )
@@ -112,6 +112,16 @@ GUARDS = [
     ("utils/data/formats.py", "    if any(entry.flag_bits & 1 ", "    if any(False "),
     ("utils/data/formats.py", "    if any(entry.compress_type not in ", "    if any(entry.compress_type in (99,) and "),
     ("utils/data/blocks.py", "    problem = verify_folder(folder)\n", "    problem = None\n"),
+    ("utils/data/page_layout.py", "n_lower > len(edits) / 2 and ", ""),
+    ("utils/data/page_layout.py", " and len(edits) * limit > MIN_WRAPPED * len(text)", ""),
+    ("utils/data/page_layout.py", " and len(full) > 0.6 * len(fills)", ""),
+    ("utils/data/page_layout.py", "max(MIN_DIVISIONS, 0.75 * len(divisions))", "MIN_DIVISIONS"),
+    ("utils/data/page_layout.py", "or (named <= len(chain) / 2 and len(amid & chain) <= len(chain) / 5)", ""),
+    ("utils/data/page_layout.py", "if k not in headings}", "}"),
+    ("utils/data/doctor.py", " or right - left > MAX_LICENCE", ""),
+    ("utils/data/doctor.py", "        if end - start >= MIN_DUPLICATE:\n", "        if end > start:\n"),
+    ("utils/data/text.py", "not text.strip():\n        raise UserError(f\"{name} has no text left",
+     "False:\n        raise UserError(f\"{name} has no text left"),
     ("utils/evaluation/loss.py", "        if stopping:\n", "        if False:\n"),
     ("utils/cli.py", "        if signal.getsignal(number) != signal.SIG_IGN:\n", "        if True:\n"),
     ("utils/cli.py", "        if self.number:\n            raise Stopped(number)\n", ""),

@@ -6,6 +6,7 @@ plants every fault in books of prose, and counts what is found and what mending 
 """
 
 import difflib
+import itertools
 import random
 import re
 from pathlib import Path
@@ -64,8 +65,18 @@ def make_verse(seed=1):
     return "\n\n".join("\n".join(stanza) for stanza in stanzas) + "\n"
 
 
+def join_compounds(text):
+    """Join words by hyphens, every fifth time with a word that stands nowhere else."""
+    words = (f"{second}{chr(97 + i % 26)}{chr(97 + i // 26)}" for i, second in enumerate(NOUNS * 70))
+    count = itertools.count()
+    return re.sub(
+        r"(\w+) (?:her|his) (\w+)", lambda m: f"{m[1]}-{m[2] if next(count) % 5 else next(words, m[2])}", text
+    )
+
+
 PROSE, VERSE = make_prose(), make_verse()
 PARAGRAPHS, LINES = PROSE.split("\n\n"), [line for line in VERSE.split("\n") if line]
+EVEN = wrap(phrase(random.Random(2), 800), random.Random(2), 50).split("\n")
 CONTROLS = {
     "prose": PROSE,
     "verse": VERSE,
@@ -80,7 +91,9 @@ CONTROLS = {
     ),
     "numbered chapters": "\n\n".join(f"{i + 1}\n\nLETTER {i + 1}\n\n{text}" for i, text in enumerate(PARAGRAPHS[1:60])),
     "years": "\n".join(f"{1700 + i}\n{line}." for i, line in enumerate(LINES)),
-    "compounds": wrap(re.sub(r"(\w+) (?:her|his) (\w+)", r"\1-\2", make_prose(300)), random.Random(0), 66),
+    "compounds": wrap(join_compounds(make_prose(300)), random.Random(0), 66),
+    "even verse": "\n".join(line.capitalize() if i % 4 else line for i, line in enumerate(EVEN)),
+    "a letter in short lines": f"{PROSE}\n" + "\n".join(EVEN[1:28]) + "\n",
     "curly": curl(PROSE) + "It stood 5' 11\" high at 34° 12' 5\", 6' 2\" wide.\n" * 3,
     "refrain": "\n\n".join(f"{text}\n\n{VERSE[:700]}" for text in PARAGRAPHS),
     "French": "« Où est le château ? » demanda Noël. Ça coûte 5 £, à l’œil nu. Âme, Île, Être, ÂÊÎÔÛ.\n\n" * 9,
@@ -166,8 +179,9 @@ def test_a_chapter_heading_that_looks_like_a_running_head_stays():
     text = "1 THE ARRIVAL\n\n" + number_pages(
         wrap(PROSE, random.Random(0)), random.Random(0), "THE NAME OF THE BOOK {n}"
     )
-    mended, _ = clean(text.replace("CHAPTER 2", "2 THE SECOND"), ["pages"])
-    assert mended.startswith("1 THE ARRIVAL\n")
+    text = text.replace("CHAPTER 2", "2 THE SECOND").replace("\n\nTHE NAME OF THE BOOK 1\n\n", "\n")  # pages from 2 on
+    mended, _ = clean(text, ["pages"])
+    assert mended.startswith("1 THE ARRIVAL\n\nCHAPTER 1\n")
     assert "\n2 THE SECOND\n" in mended
     assert "NAME OF THE BOOK" not in mended
 
@@ -254,7 +268,7 @@ def test_a_book_is_changed_only_on_request_and_the_manifest_says_how(prepare, tm
     assert manifest["settings"]["clean"] == "gutenberg"
     assert manifest["books"][0]["cleaned"] == {"gutenberg": 2}
     assert manifest["books"][0]["chars"] == manifest["splits"]["train"]["chars"] == len(good)
-    assert manifest["spans"][-1]["end"] == len(good)
+    assert manifest["spans"][-1]["chars"][1] == len(good)
     kept = text_of(tmp_path / "out")
     assert len(kept) > 0.99 * len(good)
     assert good.startswith(kept)
@@ -282,7 +296,7 @@ def test_faults_are_counted_over_all_books_and_validation_is_cleaned_too(prepare
     split_chars = [manifest["splits"][split]["chars"] for split in ("train", "validation")]
     assert sum(split_chars) == sum(len(text) for text in texts.values())
     for span in manifest["spans"]:
-        assert span["end"] <= manifest["books"][span["book"]]["chars"]
+        assert span["chars"][1] <= manifest["books"][span["book"]]["chars"]
 
 
 def test_a_good_book_is_said_to_be_good(prepare, tmp_path):
@@ -328,9 +342,11 @@ def test_faults_planted_in_many_books(request):
     books = {path: read_book(path)[0] for path in paths}
     # Prose in paragraphs of one line, with speech; a double space at a line's end could not come back.
     books = {path: re.sub(r" +(?=\n)", "", re.sub(r"(?<=\S)  +", " ", text)) for path, text in books.items()}
-    good = [text for text in books.values()
-            if len(re.findall(r"[^\n]\n(?=[^\n])", text)) < 0.01 * text.count("\n") and text.count('"') > 100]  # fmt: skip
-    good = spread([text for text in good if not examine(text)], 20)
+
+    def is_prose(text):
+        return len(re.findall(r"[^\n]\n(?=[^\n])", text)) < 0.01 * text.count("\n") and text.count('"') > 100
+
+    good = spread([text for text in books.values() if is_prose(text) and not examine(text)], 20)
     print(
         f"\n{len(books)} books, {len(good)} of them for planting\n\n| fault | found | given back | places that differ |"
     )

@@ -5,7 +5,7 @@ counts the edits and cleaning applies them, so both always agree.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -57,11 +57,11 @@ def examine(text: str) -> list[Finding]:
     return [Finding(name, len(edits), _show_edit(text, *edits[0])) for name, edits in found if edits]
 
 
-def clean(text: str, names: Iterable[str]) -> tuple[str, dict[str, int]]:
+def clean(text: str, names: Collection[str] | None) -> tuple[str, dict[str, int]]:
     """Mend the named faults in the order of FAULTS; return the text, and how often each was mended if it was."""
     counts = {}
     for name, (find, *_) in FAULTS.items():
-        if name in names and (edits := find(text)):
+        if name in (names or ()) and (edits := find(text)):
             counts[name] = len(edits)
             text = apply_edits(text, edits)
     return text, counts
@@ -121,7 +121,7 @@ def find_gutenberg(text: str) -> list[Edit]:
             begin = next((p.start() for p in paragraphs if not GUTENBERG_HEAD.search(p[0])), right)
         if begin < right:
             if begin > position:
-                edits.append((position, begin, "\n\n" if position else ""))
+                edits.append((position, begin, "\n" if position else ""))
             position = right if right == len(text) else len(text[:right].rstrip()) + 1
     return edits if position == len(text) else [*edits, (position, len(text), "")]
 

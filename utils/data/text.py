@@ -86,7 +86,7 @@ def find_books(paths: list[Path]) -> list[Path]:
 
 
 def read_book(
-    path: Path, encoding: str = "utf-8", validation: bool = False, faults: Sequence[str] = ()
+    path: Path, encoding: str = "utf-8", validation: bool = False, faults: Sequence[str] | None = None
 ) -> tuple[str, Book]:
     """Read a text file, drop a byte-order mark, make every line end LF, and mend the named faults (doctor.FAULTS).
 
@@ -180,7 +180,7 @@ def _explain_decoding(raw: bytes, error: UnicodeDecodeError, encoding: str) -> s
 
 
 def read_segments(
-    books: list[Book], encoding: str, val_split: float, seed: int, faults: Sequence[str] = ()
+    books: list[Book], encoding: str, val_split: float, seed: int, faults: Sequence[str] | None = None
 ) -> Iterator[Segment]:
     """Yield the segments of all books, read one at a time so that memory stays bounded.
 
