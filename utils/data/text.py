@@ -86,11 +86,13 @@ def read_book(path: Path, encoding: str = "utf-8", validation: bool = False) -> 
     Files with an ending of formats.READERS are converted to text first.
     """
     name = str(path) if len(str(path)) <= 120 else f"{str(path)[:60]}..."
-    raw, suffix, chapters = _read_bytes(path, name), path.suffix.lower(), ()
+    raw, suffix = _read_bytes(path, name), path.suffix.lower()
     is_zip = suffix in ARCHIVES and raw.startswith(b"PK")
     text = "" if is_zip else _decode(raw, encoding, name)
     if suffix in READERS and raw:
-        text, chapters = take_chapters(convert_book(raw if is_zip else text.encode(), suffix, name))
+        text = convert_book(raw if is_zip else text.encode(), suffix, name)
+    # The marks of chapters go last: what changes the text before moves them with it.
+    text, chapters = take_chapters(text) if suffix in READERS else (text, ())
     if not text.strip():
         raise UserError(f"{name} has no text, only white space" if raw else f"{name} is empty")
     digest = hashlib.sha256(raw).hexdigest()
