@@ -183,6 +183,13 @@ def test_chapters_start_at_headings(page, expected):
     assert split_chapters(page, ".html") == expected
 
 
+def test_marks_may_stand_anywhere():
+    mark = CHAPTER_MARK
+    assert take_chapters(f"{mark}One.{mark}{mark}Two.{mark}") == ("One.Two.", (0, 4))
+    assert take_chapters("One.") == ("One.", ())
+    assert take_chapters("") == ("", ())
+
+
 def test_the_three_formats_give_the_same_book():
     chapters = write_chapters(4)
     expected = ["\n\n".join([head, *body]) for head, body in chapters]

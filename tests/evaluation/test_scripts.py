@@ -259,6 +259,9 @@ def test_a_book_in_its_own_script_from_scratch(language, script, tmp_path):
     assert report["delta"]["reference"] < report["delta"]["finetuned"] < report["delta"]["base"]
     assert report["unknown_words"]["finetuned"] < report["unknown_words"]["base"]
     assert "The old house" not in out
-    rows = [json.loads(line) for line in (folder / "model/samples.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = [
+        json.loads(line)
+        for line in (folder / "model/samples.jsonl").read_text(encoding="utf-8").strip("\n").split("\n")
+    ]
     assert not [row["prompt"] for row in rows if "\ufffd" in row["prompt"]]
     assert all(any(len(row["word"]) == n for row in report["words"]) for n in ((1, 2) if language in UNSPACED else ()))

@@ -25,7 +25,7 @@ MARKUP = (".xml", ".xhtml", ".html", ".htm", ".opf", ".ncx", ".rels")  # picture
 ENCRYPTED = re.compile(rb"""URI=["'][^"']+\.(x?html?|xml)["']""")  # text; obfuscated fonts can be left out
 MAX_BYTES, MAX_ENTRIES = 16_000_000, 20_000  # of unpacked markup; War and Peace has 4 MB
 LIMITS = ["+RTS", "-M4g", "-RTS"]  # pandoc needs about 150 bytes of memory per byte of markup
-SECONDS = 120
+SECONDS = 300
 CHAPTER_MARK = "\ufdd0"  # stands before a chapter; a noncharacter of Unicode, which no text has
 MIN_HEADINGS = 3  # the first level with so many headings, higher ones included, is that of chapters
 SCENE_BREAK = "* * *"
@@ -57,9 +57,9 @@ def convert_book(raw: bytes, suffix: str, name: str) -> str:
 
 def take_chapters(text: str) -> tuple[str, tuple[int, ...]]:
     """Return a converted text without its marks, and the characters at which its chapters start; () for only one."""
-    chapters = text.split(CHAPTER_MARK)
-    starts = [sum(map(len, chapters[:number])) for number in range(len(chapters))]
-    return "".join(chapters), tuple(starts) if len(starts) > 1 else ()
+    chapters = [chapter for chapter in text.split(CHAPTER_MARK) if chapter]
+    starts = itertools.accumulate(map(len, chapters[:-1]), initial=0)
+    return "".join(chapters), tuple(starts) if len(chapters) > 1 else ()
 
 
 def _select_markup(raw: bytes, suffix: str, name: str) -> bytes:

@@ -99,6 +99,7 @@ def read_book(
     if suffix in READERS and raw:
         text = convert_book(raw if is_zip else text.encode(), suffix, name)
     text, cleaned = clean(text, faults)
+    # The marks of chapters go last: what changes the text before moves them with it.
     text, chapters = take_chapters(text) if suffix in READERS else (text, ())
     if not text.strip() and cleaned:
         raise UserError(f"{name} has no text left after --clean {','.join(cleaned)}; leave it out")
