@@ -315,7 +315,7 @@ FLAGS = [
     ("G10", "--num-samples 0", "--num-samples must be 1 to 10000, not 0"),
     ("G11", "--repetition-penalty 0", "--repetition-penalty must be above 0 and finite, not 0"),
     ("G24-seed", "--seed -1", "--seed must be 0 to 4294967295, not -1"),
-    ("G24-device", "--device gpu", ("--device: invalid choice: 'gpu'", "cpu", "cuda")),
+    ("G24-device", "--device gpu", ("--device: 'gpu' is unknown", "cpu", "cuda")),
     ("G24-unknown", "--promt x", "unknown option --promt (did you mean --prompt?)"),
 ]
 SCRIPTS = {"P": "prepare_data", "F": "finetune_generative", "G": "generate_text"}
