@@ -128,7 +128,7 @@ GUARDS = [
     ("finetune_generative.py", "                log.sync()\n", ""),
     ("finetune_generative.py", "            require_finite(f", "            dict(a=f"),
     ("utils/training/checkpoint.py", '  require_finite(self.step, **{"validation loss"', '  dict(**{"validation loss"'),
-    ("finetune_generative.py", "    checkpoints.restore_random_state(", "    str("),
+    ("finetune_generative.py", "    checkpoints.restore_random_state(", "    (lambda *_: 0)("),
     ("finetune_generative.py", "    checkpoints.restore_optimizer(model, optimizer, ", "    str("),
     ("finetune_generative.py", 'else lock(args.output_dir, "train")', "else nullcontext()"),
     ("finetune_generative.py", "                        generator=torch.Generator(), ", "                        "),

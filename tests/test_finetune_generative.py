@@ -79,7 +79,7 @@ def test_stopped_and_continued_equals_never_stopped(finetune, straight_and_stopp
 def test_random_state_is_part_of_a_checkpoint(finetune, straight_and_stopped, monkeypatch):
     """Without the restored generator, dropout would draw other masks after a stop."""
     straight, stopped = straight_and_stopped
-    monkeypatch.setattr(checkpoint, "restore_random_state", lambda path: None)
+    monkeypatch.setattr(checkpoint, "restore_random_state", lambda path, device: None)
     finetune("stopped", *QUICK, *DROPOUT)
     with pytest.raises(AssertionError):
         assert_same(straight / "checkpoint-6", stopped / "checkpoint-6")

@@ -323,7 +323,7 @@ FLAGS = [
     ("G-words-zero", "--to-file new --prompt x --words 0", "--words must be 1 to 1000000, not 0"),
     ("G-both", "--to-file new --prompt x --interactive", "--to-file and --interactive exclude each other"),
     ("G24-seed", "--seed -1", "--seed must be 0 to 4294967295, not -1"),
-    ("G24-device", "--device gpu", ("--device: invalid choice: 'gpu'", "cpu", "cuda")),
+    ("G24-device", "--device gpu", ("--device: 'gpu' is unknown", "cpu", "cuda")),
     ("G24-unknown", "--promt x", "unknown option --promt (did you mean --prompt?)"),
 ]
 SCRIPTS = {"P": "prepare_data", "F": "finetune_generative", "G": "generate_text"}
