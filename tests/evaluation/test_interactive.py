@@ -126,7 +126,12 @@ class Terminal:
         os.write(self.descriptor, text.encode())
 
     def end(self):
-        self.wait_for("", 0.5)
+        while True:  # what is left unread would keep the program from ending
+            try:
+                if not os.read(self.descriptor, 1 << 16):
+                    break
+            except OSError:
+                break
         return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
 
 
