@@ -11,18 +11,8 @@ import time
 from contextlib import closing, nullcontext
 from pathlib import Path
 
-from utils.cli import (
-    Parser,
-    StopSignal,
-    auto_or,
-    count_processes,
-    device_name,
-    ignore_signals,
-    number,
-    parse_first,
-    print_table,
-    run,
-)
+from utils.argument_types import auto_or, device_name, number
+from utils.cli import Parser, StopSignal, count_processes, ignore_signals, parse_first, print_table, run
 from utils.errors import UserError, explain_failures, require_finite, warn
 
 # Flags that do not shape the result: a run may be resumed with other values of these.
@@ -70,7 +60,7 @@ def parse_args(argv=None):
     add("--log-every", type=positive, default=1, help="steps between lines of metrics.jsonl")
     add("--report-to", choices=["none", "tensorboard"], default="none", help="also write metrics there")
     add("--sample-prompt", default="The old house", help="prompt to continue at each evaluation")
-    add("--sample-tokens", type=number(int, 0, 1023), default=40, help="tokens of that sample, if they fit; 0 for none")
+    add("--sample-tokens", type=number(int, 0, 1_000_000), default=40, help="tokens of that sample; 0 for none")
     add = parser.add_argument_group("machine").add_argument
     add("--device", type=device_name, default="auto", help="auto, cpu, mps, cuda or cuda:N")
     add("--dtype", choices=["auto", "fp32", "bf16"], default="auto",
@@ -102,8 +92,8 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from utils.data.blocks import BatchOrder, open_blocks, read_manifest
-from utils.data.tokenizer import fingerprint_tokenizer, load_tokenizer
-from utils.evaluation.generation import Decoding, encode_prompt, fit_context, generate_ids
+from utils.data.tokenizer import fingerprint_tokenizer, load_tokenizer, start_ids
+from utils.evaluation.generation import Decoding, encode_prompt, generate_ids
 from utils.evaluation.loss import describe_result, score_blocks, summarize_loss
 from utils.evaluation.memorization import CopyMonitor
 from utils.evaluation.unseen import save_training_ngrams
@@ -176,18 +166,16 @@ def load_model(args, data, base, folder, checkpoint, device):
     """Load the checkpoint's model, the base model or a new one, with its tokenizer, and prepare it for training."""
     empty = not parallel.is_main()
     if checkpoint:
-        model, tokenizer = loading.load_pair(checkpoint, verified=True, empty=empty)
+        model, tokenizer = loading.load_pair(checkpoint, verified=True, dropout=args.dropout, empty=empty)
     elif args.from_scratch:
         tokenizer = load_tokenizer(args.data_dir / "tokenizer")
-        model = loading.new_model(args.from_scratch, tokenizer, args.seed)
+        model = loading.new_model(args.from_scratch, tokenizer, args.seed, args.dropout)
     else:
-        model, tokenizer = loading.load_pair(folder or locate_model(base), empty=empty)
+        model, tokenizer = loading.load_pair(folder or locate_model(base), dropout=args.dropout, empty=empty)
         if fingerprint_tokenizer(tokenizer) != data.manifest["tokenizer"]["sha256"]:
             advice = f"run prepare_data.py --model-name {base}"
             raise UserError(f"data was made with another tokenizer than {base}'s; {advice}")
     loading.check_fit(model, data)
-    if args.dropout is not None:
-        loading.set_dropout(model, args.dropout)
     use_fast_layers(model, device, args.compile)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -195,7 +183,7 @@ def load_model(args, data, base, folder, checkpoint, device):
     return model, tokenizer
 
 
-def build_setup(args, data, model, tokenizer, device, dtype, order, max_steps, sample, state):
+def build_setup(args, data, model, tokenizer, device, dtype, order, max_steps, sample_ids, state):
     """Decide everything that the loop needs before its first step."""
     autocast = functools.partial(loading.autocast, device, dtype)
     # A resumed run keeps its micro-batch: another one rounds differently.
@@ -207,7 +195,7 @@ def build_setup(args, data, model, tokenizer, device, dtype, order, max_steps, s
         "schedule": build_schedule(args.lr_schedule, args.learning_rate, max_steps, args.warmup_ratio),
         "eval_every": args.eval_every or max(1, max_steps // 10),
         "copy_monitor": CopyMonitor(data, model, tokenizer, args.copy_samples, args.max_copy_rate, args.seed),
-        "sample_ids": sample[0], "sample_tokens": sample[1],
+        "sample_ids": sample_ids,
     })  # fmt: skip
 
 
@@ -231,7 +219,7 @@ def resume_run(setup, model, optimizer, state, checkpoint):
     if parallel.is_main():
         require_space(setup.output_dir, checkpoints.checkpoint_bytes(model), "a checkpoint")
     checkpoints.restore_optimizer(model, optimizer, checkpoint / "optimizer.safetensors")
-    checkpoints.restore_random_state(checkpoint / "rng_state.safetensors")
+    checkpoints.restore_random_state(checkpoint / "rng_state.safetensors", setup.device)
     checkpoints.record_machine(state, setup.device, setup.micro_batch_size)
 
 
@@ -325,9 +313,9 @@ def draw_sample(setup, model, tokenizer):
     if not setup.sample_tokens:
         return ""
     decoding = Decoding(max_new_tokens=setup.sample_tokens)
-    seeds, prompts = [setup.seed], [setup.sample_ids]
     with parallel.unsharded(model):
-        ids = generate_ids(model, tokenizer.eos_token_id, prompts, seeds, decoding, setup.autocast)[0]
+        ids = generate_ids(model, tokenizer.eos_token_id, [setup.sample_ids], [setup.seed], decoding, setup.autocast,
+                           start=start_ids(tokenizer))[0]  # fmt: skip
     return "\n  | " + (setup.sample_prompt + tokenizer.decode(ids)).replace("\n", "\n  | ")
 
 
@@ -385,13 +373,13 @@ def main(args):
             print(f"resuming from step {state.step} of {max_steps} ({checkpoint})")
 
         model, tokenizer = load_model(args, data, base, folder, checkpoint, device)
-        sample = fit_context(model, encode_prompt(tokenizer, args.sample_prompt), args.sample_tokens)
+        sample_ids = encode_prompt(tokenizer, args.sample_prompt)
         betas = (args.adam_beta1, args.adam_beta2)
         optimizer = build_optimizer(model, args.learning_rate, args.weight_decay, betas, args.adam_epsilon)
         saved = functools.partial(checkpoints.list_checkpoints, args.output_dir)
         explained = functools.partial(explain_failures, state, saved, args.batch_size, args.learning_rate)
         with explained():
-            setup = build_setup(args, data, model, tokenizer, device, dtype, order, max_steps, sample, state)
+            setup = build_setup(args, data, model, tokenizer, device, dtype, order, max_steps, sample_ids, state)
             forecast = forecast_run(setup, model, optimizer, data, state.step, forward_backward)
         print_settings(args, setup, data, model, base, forecast)
         if args.dry_run:

@@ -14,20 +14,16 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
-from utils.cli import Parser, number, parse_first, print_table, run
+from utils.argument_types import device_name, language_code, license_name, number, plain_text, temperature
+from utils.cli import Parser, StopSignal, parse_first, print_table, run
 from utils.errors import UserError, warn
 
 PROMPT_TOKENS = 32  # of a prompt from validation text
 MAX_ROUNDS = 20  # samples per prompt that are drawn to have enough words to measure
+MAX_TOKENS = 1_000_000  # per sample
 DEFAULT_PROMPTS = ["The old house", ""]
+LIVE_FLAGS = {"to_file", "words", "interactive"}  # with which nothing is measured
 CONTROL = Path("results/data/control.txt")
-
-
-def temperature(text):
-    value = number(float, 0)(text)
-    if 0 < value < 1e-4:
-        raise argparse.ArgumentTypeError(f"{text} is too small; use 0")
-    return value
 
 
 def parse_args(argv=None):
@@ -48,8 +44,16 @@ def parse_args(argv=None):
     add("--num-validation-prompts", type=number(int, 0, 1000), default=64,
         help="prompts from the validation text, shown with the author's continuation")  # fmt: skip
     add("--truncate", action="store_true", help="cut prompts that are too long at their left end")
+    add = parser.add_argument_group("one text, without samples and report").add_argument
+    add("--to-file", type=Path, metavar="FILE", help="write the fine-tuned model's text for one --prompt here")
+    add("--words", type=number(int, 1, 1_000_000), metavar="N",
+        help="end that text with the sentence that reaches N words, instead of --max-new-tokens")  # fmt: skip
+    add("--interactive", action="store_true", help="type openings and watch both models continue them")
     add = parser.add_argument_group("decoding, as in transformers' generate()").add_argument
-    add("--max-new-tokens", type=number(int, 1, 1023), default=75, help="tokens per sample")
+    add("--max-new-tokens", type=number(int, 1, MAX_TOKENS), default=75,
+        help="tokens per sample; may be more than the model's context")  # fmt: skip
+    add("--stop", action="append", type=plain_text, metavar="TEXT",
+        help="text before which a sample ends; repeat the flag for more")  # fmt: skip
     add("--temperature", type=temperature, default=0.9, help="below 1: likelier tokens; above 1: rarer ones; 0: greedy")
     add("--top-k", type=number(int, 0), default=0, help="sample from the k most likely tokens; 0 for all")
     add("--top-p", type=number(float, 0, 1, above=True), default=1.0, help="sample from this much probability mass")
@@ -60,12 +64,23 @@ def parse_args(argv=None):
     add("--no-repeat-ngram-size", type=number(int, 0), default=0, help="length of n-grams not to repeat; 0 for none")
     add("--max-copy", type=number(int, 1, 1023), metavar="N", help="copy no span of training longer than N tokens")
     add("--seed", type=number(int, 0, 2**32 - 1), default=42, help="seed of the first sample; both models use the same")
+    add = parser.add_argument_group("model card (README.md)").add_argument
+    add("--language", type=language_code, metavar="CODE", help="language, such as en (default: the base's card's)")
+    add("--license", type=license_name, metavar="NAME", help="license, such as mit (default: the base's card's)")
     add = parser.add_argument_group("machine").add_argument
     add("--batch-size", type=number(int, 1), default=32, help="prompts continued at once")
-    add("--device", default="auto", choices=["auto", "cpu", "mps", "cuda"], help="device to compute on")
+    add("--device", type=device_name, default="auto", help="auto, cpu, mps, cuda or cuda:N")
     add("--dtype", choices=["auto", "fp32", "bf16"], default="auto",
         help="number type of sampling; auto: bf16 where the hardware has it; losses are always in fp32")  # fmt: skip
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.to_file and args.interactive:
+        raise UserError("--to-file and --interactive exclude each other")
+    if args.to_file and (len(args.prompt or []) != 1 or args.prompts_file):
+        raise UserError("--to-file continues one prompt; give --prompt once")
+    if args.words and not args.to_file:
+        raise UserError("--words needs --to-file")
+    args.max_new_tokens = MAX_TOKENS if args.words else args.max_new_tokens
+    return args
 
 
 if __name__ == "__main__":  # before the heavy imports: --help and a mistyped flag are answered in 0.1 s, not in 4 s
@@ -75,14 +90,16 @@ from tqdm import tqdm
 
 from utils.data.blocks import open_blocks
 from utils.data.text import read_book
-from utils.data.tokenizer import fingerprint_tokenizer
+from utils.data.tokenizer import fingerprint_tokenizer, start_ids
 from utils.evaluation import compare, stylometry
-from utils.evaluation.columns import build_columns, column_of_file
-from utils.evaluation.generation import Decoding, encode_prompt, generate_ids
+from utils.evaluation.columns import build_columns, columns_of_files
+from utils.evaluation.generation import Decoding, StopTexts, encode_prompt, fit_prompt, generate_ids
+from utils.evaluation.interactive import converse
+from utils.evaluation.longtext import check_new_file, write_text_file
 from utils.evaluation.memorization import CopyGuard
 from utils.evaluation.ngrams import NgramIndex
 from utils.evaluation.reader import read_texts
-from utils.evaluation.render import render_terminal, write_report
+from utils.evaluation.render import describe_terms, render_terminal, write_report
 from utils.evaluation.report import Report
 from utils.evaluation.unseen import check_unseen
 from utils.evaluation.verdict import judge
@@ -104,14 +121,16 @@ def find_models(args):
     if saved and not (tuned / "model.safetensors").is_file():
         raise UserError(f"model: {tuned} has no finished model; newest is {saved[0].name}")
     recorded = read_json(tuned / "run_config.json") if (tuned / "run_config.json").is_file() else {}
+    data_dir = args.data_dir or Path(recorded.get("data_dir") or "")
+    data_dir = data_dir if args.data_dir or (data_dir.name and data_dir.is_dir()) else None
     base_name = args.base_model or recorded.get("base_model")
+    if args.to_file:  # the base writes nothing
+        return base_name, {"finetuned": tuned}, data_dir, recorded
     if not base_name:
         raise UserError(f"{tuned} does not say what it was fine-tuned from; give --base-model")
     base = locate_model(base_name, "base model")
     if base.resolve() == tuned.resolve():
         raise UserError("base and tuned are the same directory")
-    data_dir = args.data_dir or Path(recorded.get("data_dir") or "")
-    data_dir = data_dir if args.data_dir or (data_dir.name and data_dir.is_dir()) else None
     return base_name, {"base": base, "finetuned": tuned}, data_dir, recorded
 
 
@@ -119,13 +138,21 @@ def load_models(folders, top_k):
     """Load both models and their tokenizer."""
     pairs = {name: load_pair(folder) for name, folder in folders.items()}
     sizes = {name: len(tokenizer) for name, (_, tokenizer) in pairs.items()}
-    if sizes["base"] != sizes["finetuned"]:
+    if len(set(sizes.values())) > 1:
         raise UserError(f"base has {sizes['base']} tokens, tuned {sizes['finetuned']}; not the same family")
     if len({fingerprint_tokenizer(tokenizer) for _, tokenizer in pairs.values()}) > 1:
         raise UserError("base and tuned have different tokenizers; not the same family")
-    if top_k > sizes["base"]:
-        raise UserError(f"--top-k must be 0 to {sizes['base']}, not {top_k}")
+    if top_k > sizes["finetuned"]:
+        raise UserError(f"--top-k must be 0 to {sizes['finetuned']}, not {top_k}")
     return {name: model for name, (model, _) in pairs.items()}, pairs["finetuned"][1]
+
+
+def open_data(data_dir, tokenizer):
+    """Open a prepared folder that was made with the models' tokenizer."""
+    data = open_blocks(data_dir)
+    if data.manifest["tokenizer"]["sha256"] != fingerprint_tokenizer(tokenizer):
+        raise UserError(f"data: {data_dir} was made with another tokenizer than the model's")
+    return data
 
 
 def open_texts(args, tokenizer, data_dir, recorded):
@@ -137,9 +164,7 @@ def open_texts(args, tokenizer, data_dir, recorded):
     if data_dir is None:
         missing.append("style and copying: there is no prepared data; give --data-dir")
     else:
-        data = open_blocks(data_dir)
-        if data.manifest["tokenizer"]["sha256"] != fingerprint_tokenizer(tokenizer):
-            raise UserError(f"data: {data_dir} was made with another tokenizer than the model's")
+        data = open_data(data_dir, tokenizer)
         if not len(data.validation):
             missing.append("measures on validation text: the data was prepared without any (--val-split 0)")
     if args.measure and args.control_path == CONTROL and not CONTROL.is_file():
@@ -169,32 +194,21 @@ def collect_prompts(args, data, tokenizer, limit):
     for text in texts:
         if text != text.rstrip(" "):
             warn(f"prompt {text!r} ends in a space, which spoils the next token; leave it out")
-    found = [(text, encode_prompt(tokenizer, text), []) for text in texts or DEFAULT_PROMPTS]
-    room = limit - args.max_new_tokens
-    if data and len(data.validation) and room > 0:
-        length = min(PROMPT_TOKENS, room)
-        pairs = data.validation_prompts(tokenizer, args.num_validation_prompts, length, args.max_new_tokens)
-        found += [(tokenizer.decode(ids), ids, next_ids) for ids, next_ids in pairs]
+    # A tokenizer with not one token longer than a byte for English text was trained on another language.
+    usual = [text for text in DEFAULT_PROMPTS if not text or len(encode_prompt(tokenizer, text)) < len(text)]
+    found = [(text, encode_prompt(tokenizer, text), []) for text in texts or usual]
+    start = start_ids(tokenizer)
+    if data and len(data.validation):
+        n_prompt, longest = min(PROMPT_TOKENS, limit // 2), max(map(len, data.segments("validation")))
+        # Where no segment is as long as a prompt with a sample, the author's continuation is half a segment.
+        n_next = args.max_new_tokens if n_prompt + args.max_new_tokens <= longest else longest // 2
+        pairs = data.validation_prompts(tokenizer, args.num_validation_prompts, n_prompt, n_next)
+        found += [(tokenizer.decode(ids), start + ids, next_ids) for ids, next_ids in pairs]
     prompts = {}
     for text, ids, next_ids in found:  # each text once; --num-samples repeats it
-        ids = fit_prompt(ids, limit, args.max_new_tokens, args.truncate)
+        ids = fit_prompt(ids, limit, args.max_new_tokens, args.truncate, len(start))
         prompts.setdefault(text, {"prompt": text, "prompt_ids": ids, "next_ids": next_ids})
     return list(prompts.values())
-
-
-def fit_prompt(ids, limit, new_tokens, truncate):
-    """Return prompt ids that leave room for the new tokens in the context of `limit` tokens; cut only on request."""
-    room = limit - new_tokens
-    if truncate and len(ids) > room > 0:
-        return ids[-room:]
-    if len(ids) > limit:
-        raise UserError(f"prompt has {len(ids)} tokens, the model takes {limit}; cut it or give --truncate")
-    if len(ids) > room:
-        raise UserError(
-            f"prompt has {len(ids)} tokens; with {new_tokens} new ones that is over the model's {limit}; "
-            "shorten one or give --truncate"
-        )
-    return ids
 
 
 def collect_decoding(args):
@@ -202,12 +216,47 @@ def collect_decoding(args):
     return Decoding(**{entry.name: getattr(args, entry.name) for entry in fields(Decoding)})
 
 
+def write_live(args, folders, data_dir):
+    """Write one text into a file, or continue what is typed on the terminal; nothing is measured."""
+    if args.to_file:
+        check_new_file(args.to_file)
+    device = pick_device(args.device)
+    models, tokenizer = load_models(folders, args.top_k)
+    data = open_data(data_dir, tokenizer) if data_dir and (args.max_copy or args.interactive) else None
+    for model in models.values():
+        use_fast_layers(model.to(device), device)
+    limit = min(position_limit(model.config.to_dict()) or sys.maxsize for model in models.values())
+    options = {
+        "decoding": collect_decoding(args),
+        "autocast": functools.partial(autocast, device, pick_dtype(args.dtype, device)),
+        "guard": build_guard(args.max_copy, data, tokenizer),
+        "stop": StopTexts(tokenizer, args.stop) if args.stop else None,
+        "start": start_ids(tokenizer),
+    }
+
+    def encode(text):
+        ids = encode_prompt(tokenizer, text)
+        return fit_prompt(ids, limit, args.max_new_tokens, args.truncate, len(options["start"]))
+
+    def generate(name, ids, seed, watch):
+        return generate_ids(models[name], tokenizer.eos_token_id, [ids], [seed], watch=watch, **options)
+
+    if args.interactive:
+        index = NgramIndex(data.ids("train"), compare.SHOWN_NGRAM) if data else None
+        return converse(list(models), encode, generate, tokenizer, index, args.seed)
+    stopping, write = StopSignal(), functools.partial(generate, "finetuned", encode(args.prompt[0]), args.seed)
+    print(write_text_file(
+        args.to_file, tokenizer, write, args.max_new_tokens, args.words, args.stop or (), stopping
+    ))  # fmt: skip
+    return 128 + stopping.number if stopping else 0
+
+
 def draw_samples(args, models, tokenizer, prompts, guard, autocast):
     """Continue every prompt --num-samples times, and more often until there are enough words to measure.
 
     The seed of a sample depends on --seed, its prompt and its index only: both models use the same seeds.
     """
-    decoding = collect_decoding(args)
+    decoding, stop = collect_decoding(args), StopTexts(tokenizer, args.stop) if args.stop else None
     is_random = decoding.do_sample and decoding.temperature > 0  # otherwise every round has the same texts
     needed = stylometry.MIN_WORDS if args.measure and any(prompt["next_ids"] for prompt in prompts) else 0
     samples, texts, n_words = [], set(), dict.fromkeys(models, 0)
@@ -219,7 +268,8 @@ def draw_samples(args, models, tokenizer, prompts, guard, autocast):
             for start in tqdm(range(0, len(prompts), args.batch_size), desc=f"{name} writes", delay=2, leave=False):
                 batch, some = prompts[start : start + args.batch_size], seeds[start : start + args.batch_size]
                 ids = [prompt["prompt_ids"] for prompt in batch]
-                new = generate_ids(model, tokenizer.eos_token_id, ids, some, decoding, autocast, guard)
+                new = generate_ids(model, tokenizer.eos_token_id, ids, some, decoding, autocast, guard, stop,
+                                   start=start_ids(tokenizer))  # fmt: skip
                 for prompt, seed, new_ids in zip(batch, some, new, strict=True):
                     text = tokenizer.decode(new_ids)
                     if (name, text) not in texts:  # copies are measured once
@@ -244,16 +294,9 @@ def load_reader(args, folders, models, tokenizer, device):
 
 def open_judged(args, data, tokenizer):
     """Return the texts of the --judge files as columns, by the files' names without their endings."""
-    paths = args.judge or []
-    if paths and not (data and args.measure):
+    if args.judge and not (data and args.measure):
         raise UserError("--judge needs the training text, and measures; give --data-dir, leave out --no-measure")
-    stems = [path.stem for path in paths]
-    for stem in stems:
-        if not stem.isprintable():
-            raise UserError(f"--judge: {stem!r} has characters that cannot be printed; rename the file")
-        if stems.count(stem) > 1:
-            raise UserError(f"--judge: two files are called {stem}; rename one")
-    return {path.stem: column_of_file(path, tokenizer, args.max_new_tokens) for path in paths}
+    return columns_of_files(args.judge or [], tokenizer, args.max_new_tokens)
 
 
 def measure(args, models, tokenizer, data, control, limit, samples, judged, recorded, read, autocast):
@@ -271,6 +314,8 @@ def measure(args, models, tokenizer, data, control, limit, samples, judged, reco
         columns, judged, data, tokenizer, control, args.max_new_tokens, read, args.seed
     )
     quiz = compare.make_quiz(samples, data, tokenizer, args.seed)
+    if not quiz:
+        reasons.append(f"the quiz: {compare.QUESTIONS} different texts as long as a sample are needed on both sides")
     results = args.finetuned_model / "all_results.json"
     best_step = read_json(results).get("best_step") if results.is_file() else None
     max_copy_rate = (recorded.get("settings") or {}).get("max_copy_rate")
@@ -281,7 +326,8 @@ def measure(args, models, tokenizer, data, control, limit, samples, judged, reco
 
 def describe_settings(args, base_name, folders, data, dtype):
     """Return everything that shapes the figures, with hashes of models, data, general and judged texts."""
-    settings = vars(args) | {"base_model": base_name, "data_dir": data.folder if data else None, "dtype": dtype}
+    settings = {name: value for name, value in vars(args).items() if name not in LIVE_FLAGS}
+    settings |= {"base_model": base_name, "data_dir": data.folder if data else None, "dtype": dtype}
     for name, folder in folders.items():
         settings[f"{name}_sha256"] = hash_model(folder)
     settings["data_sha256"] = hash_file(data.folder / "manifest.json") if data else None
@@ -289,11 +335,13 @@ def describe_settings(args, base_name, folders, data, dtype):
     settings["judge"] = ", ".join(map(str, args.judge)) if args.judge else None
     settings["judged_sha256"] = {path.stem: hash_file(path) for path in args.judge or []}
     settings["control_sha256"] = hash_file(args.control_path) if args.measure and args.control_path.is_file() else None
-    return settings
+    return settings | describe_terms(folders["base"], args.language, args.license)
 
 
 def main(args):
     base_name, folders, data_dir, recorded = find_models(args)
+    if args.to_file or args.interactive:
+        return write_live(args, folders, data_dir)
     with lock(args.finetuned_model, "samples"):  # a lock of its own: a training in progress may be looked at
         device = pick_device(args.device)
         dtype = pick_dtype(args.dtype, device)

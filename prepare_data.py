@@ -9,11 +9,14 @@ import math
 import os
 from pathlib import Path
 
-from utils.cli import Parser, number, parse_first, print_table, run, text_encoding
+from utils.argument_types import names_of, number, text_encoding
+from utils.cli import Parser, parse_first, print_table, run
 from utils.errors import UserError, warn
 
 DEFAULT_BOOK = Path("results/data/book.txt")
 MAX_BLOCK = 1024
+# The faults that utils/data/doctor.py knows, in the order of mending.
+CLEAN = ("mojibake", "gutenberg", "pages", "hyphens", "lines", "quotes", "duplicates")
 DEFAULT_BATCH = 8
 # With fewer training tokens than this, the text is memorized before its style is learned.
 SMALL_BOOK_TOKENS = 20_000
@@ -23,8 +26,10 @@ def parse_args(argv=None):
     parser = Parser("Turn a book into block-sized token tensors.", epilog="next: python finetune_generative.py")
     add = parser.add_argument_group("text").add_argument
     add("--input-path", nargs="+", type=Path, metavar="FILE", default=[DEFAULT_BOOK],
-        help=f"text files, or folders of .txt and .md files, in this order (default: {DEFAULT_BOOK})")  # fmt: skip
+        help=f"text, EPUB, Word or HTML files, or folders of .txt and .md files (default: {DEFAULT_BOOK})")  # fmt: skip
     add("--encoding", type=text_encoding, default="utf-8", help="text encoding of the files")
+    add("--clean", type=names_of(*CLEAN), metavar="LIST",
+        help=f"faults of the text to mend, joined by commas: all, or {', '.join(CLEAN)} (default: none)")  # fmt: skip
     add("--val-split", type=number(float, 0, 1, below=True), default=0.1,
         help="share of the text for validation, 0 up to below 1, taken as whole segments")  # fmt: skip
     add("--val-path", nargs="+", type=Path, metavar="FILE",
@@ -47,9 +52,10 @@ if __name__ == "__main__":  # before the heavy imports: --help and a mistyped fl
 
 from tqdm import tqdm
 
+from utils.data import doctor
 from utils.data.blocks import FORMAT, read_manifest, save_blocks
-from utils.data.text import find_books, read_book, read_segments
-from utils.data.tokenizer import TokenWriter, fingerprint_tokenizer, load_tokenizer, train_tokenizer
+from utils.data.text import choose_chapters, find_books, read_book, read_segments
+from utils.data.tokenizer import TokenWriter, fingerprint_tokenizer, load_tokenizer, start_ids, train_tokenizer
 from utils.evaluation.ngrams import measure_leakage
 from utils.model.hub import locate_model, position_limit, read_config
 from utils.output_dir import check_output_dir, lock
@@ -57,17 +63,20 @@ from utils.storage import MANIFEST, clear_folder, diff_settings, publish_files, 
 
 
 def read_books(args):
-    """Read every file once and measure it, those of --val-path last."""
+    """Read, measure and examine every file, those of --val-path last; return the books and (file name, finding)."""
     validation = find_books(args.val_path or [])
     apart = {os.path.realpath(path) for path in validation}
     training = [path for path in find_books(args.input_path) if os.path.realpath(path) not in apart]
     if not training:
         raise UserError("--val-path holds every file of --input-path; none is left for training")
-    books = [read_book(path, args.encoding, path in validation)[1] for path in training + validation]
-    for book in books:
+    books, findings = [], []
+    for path in training + validation:
+        text, book = read_book(path, args.encoding, path in validation, args.clean)
+        books.append(book)
+        findings += [(book.path.name, finding) for finding in doctor.examine(text)]
         if args.output_dir.resolve() in book.path.resolve().parents:
             raise UserError(f"output-dir: refusing to use {args.output_dir}; it holds the book {book.path.name}")
-    return books
+    return books, findings
 
 
 def load_model_tokenizer(args):
@@ -90,6 +99,7 @@ def collect_settings(args, books, tokenizer):
         "val_path": [book.path.name for book in books if book.validation] or None,
         "val_split": None if args.val_path else args.val_split,
         "encoding": args.encoding,
+        "clean": ",".join(args.clean) if args.clean else None,
         "seed": args.seed,
         "model_name": None if args.train_tokenizer else args.model_name,
         "train_tokenizer": args.train_tokenizer,
@@ -123,7 +133,7 @@ def prepare(args, books, tokenizer, settings):
     with publish_files(args.output_dir, manifest, size, "the data") as folder:
         if tokenizer is None:
             print(f"learning a tokenizer of {args.train_tokenizer:,} tokens from the training text", flush=True)
-            segments = read_segments(books, args.encoding, args.val_split, args.seed)
+            segments = read_segments(books, args.encoding, args.val_split, args.seed, args.clean)
             texts = (segment.text for segment in segments if segment.split == "train")
             tokenizer = train_tokenizer(texts, args.train_tokenizer)
         tokenizer.save_pretrained(folder / "tokenizer")
@@ -131,13 +141,23 @@ def prepare(args, books, tokenizer, settings):
             "model_name": settings["model_name"],
             "block_size": args.block_size,
             "tokenizer": {"sha256": settings["tokenizer"] or fingerprint_tokenizer(tokenizer),
-                          "size": len(tokenizer), "end_of_text_id": tokenizer.eos_token_id},
-            "books": [{"name": book.path.name, "sha256": book.sha256, "chars": book.n_chars, "words": book.n_words}
+                          "size": len(tokenizer), "end_of_text_id": tokenizer.eos_token_id,
+                          **({"start_id": start_ids(tokenizer)[0]} if start_ids(tokenizer) else {})},
+            "books": [{"name": book.path.name, "sha256": book.sha256, "chars": book.n_chars, "words": book.n_words,
+                       "cleaned": book.cleaned}
                       for book in books],
+            **describe_chapters(args, books),
             **write_blocks(args, books, tokenizer, folder),
         }  # fmt: skip
     clear_folder(args.output_dir, keep=[MANIFEST, *(name.split("/")[0] for name in manifest["files"])])
     return manifest
+
+
+def describe_chapters(args, books):
+    """Return how many chapters the books have, and how many are validation text as a whole; {} without chapters."""
+    count, by_file = sum(len(book.chapters) for book in books), any(book.validation for book in books)
+    whole = 0 if by_file else len(choose_chapters(books, args.val_split, args.seed))
+    return {"chapters": {"count": count, "whole": whole}} if count else {}
 
 
 def write_blocks(args, books, tokenizer, folder):
@@ -145,21 +165,22 @@ def write_blocks(args, books, tokenizer, folder):
     writer = TokenWriter(folder, tokenizer)
     n_chars = sum(book.n_chars for book in books)
     with tqdm(total=n_chars, unit="char", unit_scale=True, desc="tokenizing", delay=1) as bar:
-        for segment in read_segments(books, args.encoding, args.val_split, args.seed):
+        for segment in read_segments(books, args.encoding, args.val_split, args.seed, args.clean):
             writer.write(segment)
             bar.update(len(segment.text))
-    check_block_counts(args, writer.n_tokens)
+    start = start_ids(tokenizer)
+    check_block_counts(args, writer.n_tokens, args.block_size - len(start))
     tokens = writer.open_tokens()
-    save_blocks(tokens, args.block_size, folder)
+    save_blocks(tokens, args.block_size, folder, start)
     leakage = measure_leakage(tokens["train"], tokens["validation"])
     writer.remove_files()
-    counts = {split: writer.count_split(split, args.block_size) for split in tokens}
+    counts = {split: writer.count_split(split, args.block_size - len(start)) for split in tokens}
     return {"splits": counts, "leakage": leakage, "spans": writer.spans}
 
 
-def check_block_counts(args, n_tokens):
-    """Refuse a text that leaves a split without a block."""
-    total, size = sum(n_tokens.values()), args.block_size
+def check_block_counts(args, n_tokens, size):
+    """Refuse a text that leaves a split without a block, which takes `size` tokens of it."""
+    total = sum(n_tokens.values())
     if total < size:
         raise UserError(f"{args.input_path[0]} gives {total} token{'s' if total != 1 else ''}; one block needs {size} "
                         "- use a longer text or a smaller --block-size")  # fmt: skip
@@ -170,16 +191,40 @@ def check_block_counts(args, n_tokens):
                         f"for {empty[0]}; change --val-split or use a smaller --block-size")  # fmt: skip
 
 
+def print_faults(books, findings):
+    """Print one line per fault that --clean has mended, and one per fault that it would mend."""
+    rows = []
+    for name, (_, fault, mending) in doctor.FAULTS.items():
+        mended = [book.cleaned[name] for book in books if book.cleaned.get(name)]
+        found = [(book, finding) for book, finding in findings if finding.name == name]
+        if mended:
+            where = f" in {len(mended)} of {len(books)} books" if len(books) > 1 else ""
+            rows.append((name, f"mended: {sum(mended):,} {fault}{where}"))
+        if found:
+            first, finding = found[0]
+            where = f" in {len(found)} of {len(books)} books, first {first}" if len(books) > 1 else ""
+            total = sum(finding.count for _, finding in found)
+            rows.append((name, f"{total:,} {fault}{where}: {finding.example}; --clean {name} {mending}"))
+    print_table("faults of the text", rows or [("none", "found")])
+
+
 def print_summary(args, manifest):
     train, validation = manifest["splits"]["train"], manifest["splits"]["validation"]
     n_tokens, leakage = train["tokens"] + validation["tokens"], manifest["leakage"]
     bytes_per_token = (train["bytes"] + validation["bytes"]) / n_tokens
     n_words = sum(book["words"] for book in manifest["books"])
 
+    chapters = manifest.get("chapters")
+    if chapters:
+        how = (f"{chapters['whole']} whole ones, spread over the book, are validation text" if chapters["whole"]
+               else "segments are cut at paragraph ends within them")  # fmt: skip
+        chapters = f"{chapters['count']}; {how}"
+
     row = ("{segments} segments, {tokens:,} tokens -> {blocks:,} blocks of {block_size} "
            "(tail of {tail_tokens} tokens left out)")  # fmt: skip
     print_table(f"prepared {args.output_dir}", [
         ("text", f"{train['chars'] + validation['chars']:,} characters, {n_words:,} words"),
+        ("chapters", chapters),
         ("tokens", f"{n_tokens:,}, {bytes_per_token:.2f} bytes per token"),
         ("training", row.format(**train, block_size=args.block_size)),
         ("validation", row.format(**validation, block_size=args.block_size)),
@@ -202,9 +247,10 @@ def main(args):
     is_ours = (args.output_dir / MANIFEST).is_file()
     check_output_dir(args.output_dir, is_ours, "prepare_data.py", args.overwrite, [args.model_name])
     with lock(args.output_dir, "prepare"):
-        books = read_books(args)
+        books, findings = read_books(args)
         tokenizer = None if args.train_tokenizer else load_model_tokenizer(args)
         settings = collect_settings(args, books, tokenizer)
+        print_faults(books, findings)
         sweep(args.output_dir)
         prepared = find_prepared(args, settings)
         manifest = prepared or prepare(args, books, tokenizer, settings)

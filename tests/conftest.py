@@ -96,6 +96,15 @@ def tiny_model(tmp_path_factory, book):
     return folder
 
 
+def add_start_token(tokenizer, token):
+    """Let a tokenizer put a token before every text, as those of Llama or Gemma do."""
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer.add_special_tokens({"bos_token": token})
+    special = [(token, tokenizer.bos_token_id)]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"{token} $A", special_tokens=special)
+
+
 @contextmanager
 def own_signals():
     """Give the process its signal handlers back: a script ends by ignoring all that would stop it."""

@@ -79,7 +79,7 @@ def test_stopped_and_continued_equals_never_stopped(finetune, straight_and_stopp
 def test_random_state_is_part_of_a_checkpoint(finetune, straight_and_stopped, monkeypatch):
     """Without the restored generator, dropout would draw other masks after a stop."""
     straight, stopped = straight_and_stopped
-    monkeypatch.setattr(checkpoint, "restore_random_state", lambda path: None)
+    monkeypatch.setattr(checkpoint, "restore_random_state", lambda path, device: None)
     finetune("stopped", *QUICK, *DROPOUT)
     with pytest.raises(AssertionError):
         assert_same(straight / "checkpoint-6", stopped / "checkpoint-6")
@@ -285,8 +285,8 @@ def test_finished_run_is_left_alone(finetune, script, prepared, tmp_path):
 
 
 @pytest.mark.parametrize("n_positions", [4, 32, 64])
-def test_samples_stay_within_the_context(finetune, script, book, tiny_model, tmp_path, n_positions):
-    """Default flags, and a sample longer than any context, on models with few positions."""
+def test_samples_may_be_longer_than_the_context(finetune, script, book, tiny_model, tmp_path, n_positions):
+    """Default flags, and a sample and a prompt longer than any context, on models with few positions."""
     from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
@@ -295,8 +295,16 @@ def test_samples_stay_within_the_context(finetune, script, book, tiny_model, tmp
     tokenizer.save_pretrained(tmp_path / "short")
     flags = ["--input-path", book, "--model-name", tmp_path / "short", "--block-size", min(n_positions, 16)]
     assert script("prepare_data", *flags, "--output-dir", tmp_path / "blocks").code == 0
-    for name, flags in (("defaults", []), ("long", ["--sample-tokens", 600, "--sample-prompt", "Ada went. " * 30])):
+    for name, flags in (("defaults", []), ("long", ["--sample-tokens", 150, "--sample-prompt", "Ada went. " * 30])):
         finetune(name, "--max-steps", 2, *flags, data=tmp_path / "blocks")
+
+
+@pytest.mark.slow
+def test_a_sample_beyond_the_context_of_the_embedded_model(finetune, script, book, tmp_path):
+    base = Path(__file__).parent.parent / "results/base_model"
+    flags = ["--input-path", book, "--model-name", base, "--output-dir", tmp_path / "blocks"]
+    assert script("prepare_data", *flags).code == 0
+    finetune("run", "--max-steps", 1, "--copy-samples", 0, "--sample-tokens", 600, data=tmp_path / "blocks")
 
 
 def test_output_opens_with_transformers_alone(finetune, prepared):

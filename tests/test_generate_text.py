@@ -3,17 +3,25 @@
 import hashlib
 import json
 import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
+from utils.data.blocks import open_blocks
 from utils.evaluation import stylometry
 from utils.evaluation.generation import Decoding, SeededSampling, encode_prompt, generate_ids
+from utils.evaluation.longtext import find_sentence_end
 from utils.evaluation.render import quote
 from utils.model.loading import autocast, load_pair
 from utils.storage import read_json
+
+ROOT = Path(__file__).parent.parent
 
 
 def fp32():
@@ -77,27 +85,6 @@ def test_draws_follow_the_softmax():
     shares = torch.bincount(drawn, minlength=4) / n
     errors = (probabilities * (1 - probabilities) / n).sqrt()
     assert ((shares - probabilities).abs() < 4 * errors).all(), shares
-
-
-class NoDoubles(TorchDispatchMode):
-    """Fails when a tensor is float64, which Apple's GPUs do not have; a generator's numbers are always the CPU's."""
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        if "aten.rand.generator" not in str(function) and "_local_scalar_dense" not in str(function):
-            for value in torch.utils._pytree.tree_leaves((args, kwargs, result)):
-                assert not isinstance(value, torch.Tensor) or value.dtype != torch.float64, function
-        return result
-
-
-@pytest.mark.parametrize("options", [{}, {"top_k": 5}, {"top_p": 1.0}, {"do_sample": False}])
-def test_no_tensor_of_sampling_is_float64(pair, prompts, options):
-    model, tokenizer = pair
-    with NoDoubles():
-        new = generate_ids(model, tokenizer.eos_token_id, prompts, [1, 2, 3, 4], Decoding(6, **options), fp32)
-    assert len(new) == 4
-    with pytest.raises(AssertionError), NoDoubles():
-        torch.ones(2).cumsum(-1, dtype=torch.float64)
 
 
 @pytest.mark.parametrize(
@@ -240,6 +227,75 @@ def test_authors_continuation_is_the_books(finetuned, script, book):
         assert validation_prompt["prompt"] + written in text
         assert written.strip()
         assert f"**author (reference)**\n\n{quote(written)}\n" in page
+
+
+LONG = ["--prompt", "Ada went", "--max-new-tokens", 150, "--dtype", "fp32", "--seed", 3]  # beyond the 64 positions
+
+
+def test_a_sample_ends_before_a_string(finetuned, script):
+    """In ids and text, and everything before it is as without the flag."""
+    flags = ["--finetuned-model", finetuned, *LONG, "--num-validation-prompts", 0, "--no-measure"]
+    assert script("generate_text", *flags).code == 0
+    free = {row["model"]: row for row in read_samples(finetuned)}
+    string = free["finetuned"]["text"][200:203]
+    assert script("generate_text", *flags, "--stop", "never written", "--stop", string).code == 0
+    tokenizer = load_pair(finetuned)[1]
+    for row in read_samples(finetuned):
+        whole = free[row["model"]]["text"]
+        assert row["text"] == tokenizer.decode(row["generated_ids"]) == whole[: (whole + string).index(string)]
+    assert read_json(finetuned / "report.json")["settings"]["stop"] == ["never written", string]
+
+
+def test_a_text_in_a_file_is_the_samples(finetuned, script, tmp_path):
+    """The same seed writes the same text, up to its last sentence, without the base model and without a report."""
+    flags = [*LONG, "--num-validation-prompts", 0, "--no-measure"]
+    assert script("generate_text", "--finetuned-model", finetuned, *flags).code == 0
+    text = next(row["text"] for row in read_samples(finetuned) if row["model"] == "finetuned")
+    before = (finetuned / "report.json").read_bytes()
+    ran = script("generate_text", "--finetuned-model", finetuned, *LONG, "--to-file", tmp_path / "chapter.txt",
+                 "--base-model", tmp_path / "nowhere")  # fmt: skip
+    assert ran.code == 0, ran.err
+    written = (tmp_path / "chapter.txt").read_text(encoding="utf-8")
+    assert written == (text[: find_sentence_end(text, is_whole=True)] or text)
+    assert f"chapter.txt: {len(stylometry.split_words(written))} words, 150 tokens in " in ran.out
+    assert (finetuned / "report.json").read_bytes() == before
+    again = script("generate_text", "--finetuned-model", finetuned, *LONG, "--to-file", tmp_path / "chapter.txt")
+    assert again.code == 2
+    assert (tmp_path / "chapter.txt").read_text(encoding="utf-8") == written
+
+
+def test_ctrl_c_leaves_whole_sentences_in_the_file(large, tmp_path):
+    path = tmp_path / "chapter.txt"
+    flags = ["--finetuned-model", large / "model", "--prompt", "Day 3.", "--max-new-tokens", 100_000, "--to-file", path]
+    command = [sys.executable, *map(str, [ROOT / "generate_text.py", *flags])]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as running:
+        while not path.exists() or path.stat().st_size < 30:
+            assert running.poll() is None
+            time.sleep(0.05)
+        running.send_signal(signal.SIGINT)
+        said = running.communicate()[0]
+    text = path.read_text(encoding="utf-8")
+    assert running.returncode == 130
+    assert find_sentence_end(text, is_whole=True) == len(text) > 0
+    assert said.startswith(f"stopped; {path}: {len(stylometry.split_words(text))} words, ")
+
+
+def test_samples_beyond_every_window_are_measured_or_named(finetuned, prepared, script, tmp_path, monkeypatch):
+    """Longer than any validation segment: half of one is shown as the author's, the rest has its reason."""
+    monkeypatch.setattr(stylometry, "MIN_WORDS", 60)
+    longest = max(map(len, open_blocks(prepared).segments("validation")))
+    model = shutil.copytree(finetuned, tmp_path / "model")
+    flags = ["--max-new-tokens", longest + 1, "--num-validation-prompts", 3, "--dtype", "fp32"]
+    ran = script("generate_text", "--finetuned-model", model, *flags)
+    assert ran.code == 0, ran.err
+    report = read_json(model / "report.json")
+    shown = [row for row in report["texts"] if row["has_reference"]]
+    assert len(shown) == 3
+    assert {len(row["generated_ids"]) for row in read_samples(model)} >= {longest + 1}
+    [reason] = [reason for reason in report["missing"] if reason.startswith("words, spelling and sense: ")]
+    assert "in texts of 10 sources are needed" in reason
+    assert report["by_quarter"].keys() == {"base", "finetuned", "reference"}
+    assert report["quiz_pairs"] or any(reason.startswith("the quiz: ") for reason in report["missing"])
 
 
 def test_without_validation_text_there_are_samples(finetuned, script, tmp_path, tiny_model):

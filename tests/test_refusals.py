@@ -301,8 +301,9 @@ FLAGS = [
     ("G-validation_prompts", "--num-validation-prompts 1001", "--num-validation-prompts must be 0 to 1000, not 1001"),
     ("G-guard-zero", "--max-copy 0", "--max-copy must be 1 to 1023, not 0"),
     ("G-guard-text", "--max-copy all", "--max-copy: 'all' is not a whole number"),
-    ("G4-zero", "--max-new-tokens 0", "--max-new-tokens must be 1 to 1023, not 0"),
-    ("G4-negative", "--max-new-tokens -1", "--max-new-tokens must be 1 to 1023, not -1"),
+    ("G4-zero", "--max-new-tokens 0", "--max-new-tokens must be 1 to 1000000, not 0"),
+    ("G4-negative", "--max-new-tokens -1", "--max-new-tokens must be 1 to 1000000, not -1"),
+    ("G4-many", "--max-new-tokens 1000001", "--max-new-tokens must be 1 to 1000000, not 1000001"),
     ("G4-text", "--max-new-tokens x", "--max-new-tokens: 'x' is not a whole number"),
     ("G5-negative", "--temperature -1", "--temperature must be 0 or more and finite, not -1"),
     ("G5-nan", "--temperature nan", "--temperature must be 0 or more and finite, not nan"),
@@ -314,8 +315,15 @@ FLAGS = [
     ("G9-nan", "--top-p nan", "--top-p must be above 0 up to 1, not nan"),
     ("G10", "--num-samples 0", "--num-samples must be 1 to 10000, not 0"),
     ("G11", "--repetition-penalty 0", "--repetition-penalty must be above 0 and finite, not 0"),
+    ("G-stop-empty", "--stop=", "--stop must not be empty"),
+    ("G-stop-bytes", "--stop caf\udce9", "--stop must be valid UTF-8"),
+    ("G-file-prompts", "--to-file new --prompt x --prompt y", "--to-file continues one prompt; give --prompt once"),
+    ("G-file-none", "--to-file new", "--to-file continues one prompt; give --prompt once"),
+    ("G-words", "--words 300", "--words needs --to-file"),
+    ("G-words-zero", "--to-file new --prompt x --words 0", "--words must be 1 to 1000000, not 0"),
+    ("G-both", "--to-file new --prompt x --interactive", "--to-file and --interactive exclude each other"),
     ("G24-seed", "--seed -1", "--seed must be 0 to 4294967295, not -1"),
-    ("G24-device", "--device gpu", ("--device: invalid choice: 'gpu'", "cpu", "cuda")),
+    ("G24-device", "--device gpu", ("--device: 'gpu' is unknown", "cpu", "cuda")),
     ("G24-unknown", "--promt x", "unknown option --promt (did you mean --prompt?)"),
 ]
 SCRIPTS = {"P": "prepare_data", "F": "finetune_generative", "G": "generate_text"}
@@ -1129,10 +1137,12 @@ def test_empty_prompt(write):
 
 
 PROMPTS = [
-    ("G2", ["--prompt", "x " * 30, "--max-new-tokens", 50],
-     ("prompt has 6", "with 50 new ones that is over the model's 64", "shorten")),
     ("G3", ["--prompt", "x " * 300], ("tokens, the model takes 64; cut it or give --truncate",)),
-    ("G3-no-room", ["--prompt", "x", "--max-new-tokens", 64, "--truncate"], "over the model's 64"),
+    ("G3-long", ["--prompt", "x " * 300, "--max-new-tokens", 500], ("the model takes 64; cut it or give --truncate",)),
+    ("G-file", ["--to-file", "new.txt", "--prompt", "x " * 300], "the model takes 64; cut it or give --truncate"),
+    ("G-file-folder", ["--to-file", "model", "--prompt", "x"], "--to-file: model is a directory"),
+    ("G-file-there", ["--to-file", "binary", "--prompt", "x"], "--to-file: binary exists already; give another name"),
+    ("G-file-nowhere", ["--to-file", "no/new.txt", "--prompt", "x"], "--to-file: no: no such directory"),
     ("G8-large", ["--prompt", "x", "--top-k", 401], "--top-k must be 0 to 400, not 401"),
     ("G12", ["--prompt", "caf\udce9"], "prompt is not valid UTF-8"),
     ("G13-missing", ["--prompts-file", "prompts.txt"], "prompts.txt: no such file"),
@@ -1164,9 +1174,19 @@ def test_prompts(refuse, here, pair, flags, says):
 
 
 def test_truncated_prompt(write):
-    """Row G3: --truncate keeps the end of the prompt."""
-    samples = write("--prompt", "x " * 300, "--truncate")[1]
+    """Row G3: --truncate keeps the end of the prompt, half a context at least; a prompt that fits stays whole."""
+    for new_tokens, kept in ((4, 60), (64, 32), (200, 32)):
+        samples = write("--prompt", "x " * 300, "--truncate", "--max-new-tokens", new_tokens)[1]
+        assert {len(sample["prompt_ids"]) for sample in samples} == {kept}
+    whole = write("--prompt", "x " * 30, "--truncate", "--max-new-tokens", 50)[1]
+    assert {len(sample["prompt_ids"]) for sample in whole} == {60}
+
+
+def test_prompt_and_sample_over_the_context(write):
+    """Row G2: the prompt alone has to fit into the 64 tokens."""
+    samples = write("--prompt", "x " * 30, "--max-new-tokens", 150)[1]
     assert {len(sample["prompt_ids"]) for sample in samples} == {60}
+    assert max(len(sample["generated_ids"]) for sample in samples) == 150
 
 
 def test_prompts_file_lines(write, here):

@@ -1,13 +1,11 @@
-"""The command line: parser, number types, signals, settings table, run().
+"""The command line: parser, signals, settings table, run(). Types of flags are in argument_types.
 
 Owns how a script speaks to the person who started it. Knows nothing of books or models, and imports
 nothing heavy, so that a mistyped flag is answered before torch is loaded.
 """
 
 import argparse
-import codecs
 import difflib
-import math
 import os
 import re
 import signal
@@ -17,6 +15,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from utils.errors import EXIT_INPUT, EXIT_MACHINE, UserError, machine_reason
+
+if sys.platform == "win32":  # it lacks SIGHUP below, POSIX locks and the syncing of folders
+    print("error: Windows is not supported; expected Linux or macOS, use WSL (wsl --install)", file=sys.stderr)
+    sys.exit(EXIT_INPUT)
 
 MAX_ERROR_CHARS = 240
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -109,40 +111,6 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message)
 
 
-def number(
-    convert: type[int] | type[float], low: float, high: float = math.inf, *, above: bool = False, below: bool = False
-) -> Callable[[str], Any]:
-    """Build an argparse type for finite numbers from low to high; above=True refuses low itself, below=True high."""
-    kind, pattern = "whole number", r"[+-]?[0-9]{1,30}"
-    if convert is float:
-        kind, pattern = "number", r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?|[+-]?(inf|nan)"
-    allowed = f"must be {'above ' if above else ''}{low}"
-    if high == math.inf:
-        allowed += ("" if above else " or more") + (" and finite" if convert is float else "")
-    else:
-        allowed += f" {'up ' if above or below else ''}to {'below ' if below else ''}{high}"
-
-    def parse(text: str) -> float:
-        if not re.fullmatch(pattern, text):
-            shown = text if len(text) <= 60 else f"{text[:60]}..."
-            try:  # Python also reads '1_000', ' 5 ' and Arabic digits; a command line should not guess
-                convert(text)
-            except ValueError:
-                raise argparse.ArgumentTypeError(f"{shown!r} is not a {kind}") from None
-            raise argparse.ArgumentTypeError(f"{shown!r} is not a plain number")
-        value = convert(text)
-        if not low <= value <= high or (above and value == low) or (below and value == high) or value == math.inf:
-            raise argparse.ArgumentTypeError(f"{allowed}, not {text}")
-        return value
-
-    return parse
-
-
-def auto_or(parse: Callable[[str], Any]) -> Callable[[str], Any]:
-    """Build an argparse type that reads 'auto' as None, and anything else with another type."""
-    return lambda text: None if text == "auto" else parse(text)
-
-
 def count_processes() -> int:
     """Return how many processes torchrun started; UserError for a part of its environment."""
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
@@ -152,24 +120,6 @@ def count_processes() -> int:
         if name != "MASTER_ADDR" and not value.isdecimal():
             raise UserError(f"{name} is {value!r}, expected a number; start several processes with torchrun")
     return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def text_encoding(name: str) -> str:
-    """Parse the name of a text encoding that Python knows."""
-    try:
-        if codecs.lookup(name)._is_text_encoding:
-            return name
-    except (LookupError, ValueError):
-        pass
-    raise argparse.ArgumentTypeError(f"{name!r} is not a text encoding; try utf-8, latin-1 or cp1252")
-
-
-def device_name(text: str) -> str:
-    """Parse the name of a device that a training may run on."""
-    kind, colon, number = text.partition(":")
-    if kind not in ("auto", "cpu", "cuda", "mps") or (colon and not (kind == "cuda" and number.isdecimal())):
-        raise argparse.ArgumentTypeError(f"{text!r} is unknown; use auto, cpu, mps, cuda or cuda:N")
-    return text
 
 
 def print_table(title: str, rows: Iterable[tuple[str, Any]]) -> None:

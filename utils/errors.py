@@ -77,7 +77,7 @@ def explain_failures(
             advice = f"try a --learning-rate below {learning_rate:g}" if code == EXIT_DIVERGED else advice
         elif type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported here
             what, advice = f"out of GPU memory (batch {batch_size})", f"try --batch-size {max(1, batch_size // 2)}"
-        elif isinstance(error, ConnectionResetError | EOFError) or "DataLoader worker" in str(error):
+        elif isinstance(error, ConnectionResetError | EOFError) or "DataLoader worker (pid" in str(error):
             what = "a data worker was killed (out of memory?)"
         else:
             what = what or lost_process(error)

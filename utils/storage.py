@@ -146,7 +146,7 @@ def building(folder: Path, size: int, what: str) -> Iterator[Path]:
         reason = machine_reason(error)
         if reason is None:
             raise
-        raise _disk_error(folder, reason, size, what) from None
+        raise _disk_error(folder, reason, size, what) from error
 
 
 def _seal(partial: Path, manifest: dict) -> None:

@@ -74,8 +74,8 @@ def whole_ids(tokenizer, text):
     return ids
 
 
-def trained(pre_tokenizer, decoder):
-    """Return a BPE tokenizer of 500 ids with another pre-tokenizer than GPT-2's."""
+def trained(pre_tokenizer, decoder, text=ENGLISH[:20_000]):
+    """Return a BPE tokenizer of 700 ids with another pre-tokenizer than GPT-2's."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizer, decoder
     special = ["<unk>", "<|endoftext|>"]
@@ -83,7 +83,7 @@ def trained(pre_tokenizer, decoder):
     trainer = trainers.BpeTrainer(
         vocab_size=700, special_tokens=special, initial_alphabet=alphabet, show_progress=False
     )
-    tokenizer.train_from_iterator([ENGLISH[:20_000]], trainer)
+    tokenizer.train_from_iterator([text], trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>", unk_token="<unk>")
 
 
@@ -194,6 +194,20 @@ def test_a_tokenizer_that_sees_the_cuts_gets_whole_segments(build, tmp_path):
     assert not pieces_are_exact(tokenizer, ENGLISH)
     assert not pieces_are_exact(tokenizer, "Log")  # no cut in it: a short first segment proves nothing
     texts = ["Log", ENGLISH, ENGLISH[5_000:19_000]]
+    assert stored_ids(tmp_path / "blocks", tokenizer, texts) == [whole_ids(tokenizer, text) for text in texts]
+
+
+def test_pieces_are_given_up_at_the_first_segment_that_forbids_them(tmp_path, monkeypatch):
+    """Only semicolons are joined with the line ends after them, and the first segment has none at an end of line."""
+    monkeypatch.setattr(tokens, "PIECE_CHARS", 60)
+    pattern = r";\n+| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N};]+|;|\s+(?!\S)|\s+"
+    split = pre_tokenizers.Split(Regex(pattern), "isolated")
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    verse = "A line of the song;\nthe next one of it, and so it ends;\n" * 40
+    tokenizer = trained(pre_tokenizers.Sequence([split, byte_level]), decoders.ByteLevel(), verse)
+    texts = [ENGLISH[:900].replace(";", ","), verse, ENGLISH[:900].replace(";", ","), verse]
+    assert pieces_are_exact(tokenizer, texts[0])
+    assert encode_text(tokenizer, cut_pieces(verse)) != whole_ids(tokenizer, verse)
     assert stored_ids(tmp_path / "blocks", tokenizer, texts) == [whole_ids(tokenizer, text) for text in texts]
 
 

@@ -205,19 +205,6 @@ def test_another_projects_model_card_stays(large, tiny_model, script, tmp_path):
     assert (tmp_path / "theirs" / "README.md").read_text() == "their own words"
 
 
-def test_the_model_card_has_metadata_the_hub_reads(reported):
-    from huggingface_hub import ModelCard
-
-    folder, report, _ = reported
-    card = ModelCard.load(folder / "README.md")
-    assert card.data.library_name == "transformers"
-    assert card.data.base_model == Path(report["settings"]["base_model"]).name
-    results = {result.metric_type: result.metric_value for result in card.data.eval_results}
-    assert results["perplexity"] == pytest.approx(report["scores"]["book"]["finetuned"]["eval/perplexity"], abs=1e-5)
-    assert report["settings"]["data_sha256"] in card.content
-    assert ("Do not share" in card.content) == bool(report["flags"]["memorized"] or report["flags"]["copies"])
-
-
 def test_no_copied_span_is_longer_than_max_copy(large, script):
     folder = large / "model"
     ran = script("generate_text", "--finetuned-model", folder, *MEASURED_FLAGS, "--max-copy", 5)

@@ -312,17 +312,6 @@ def test_a_span_that_starts_in_the_prompt_is_not_continued(memorizer):
     assert first_place((*prompt[-8:], kept[0]), book) == NOT_FOUND
 
 
-def test_a_finished_row_is_not_counted(memorizer):
-    """After its end of text a row waits for the others: nothing is forbidden it, whatever stands in training."""
-    eos = memorizer[1]
-    guard = CopyGuard(NgramIndex(array([5, eos, 6, 5, 7]), 2), eos)
-    scores = torch.zeros(3, 10)
-    out = guard(torch.tensor([[4, 5, eos], [1, 6, 5], [1, 2, 3]]), scores.clone())
-    assert guard.acted == 1
-    assert torch.isinf(out).nonzero().tolist() == [[1, 7]]
-    assert torch.equal(out.nan_to_num(neginf=0), scores)
-
-
 def test_a_guard_of_another_text_does_nothing(memorizer):
     model, eos, _, prompts = memorizer
     free = generate_ids(model, eos, prompts, list(range(8)), SAMPLED, fp32)

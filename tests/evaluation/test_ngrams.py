@@ -17,6 +17,7 @@ from utils.evaluation.ngrams import (
     longest_overlap,
     mark_overlap,
     mark_sources,
+    measure_quarters,
     measure_repetition,
     ngram_overlap,
     trace_spans,
@@ -252,6 +253,31 @@ def test_repetition_by_hand():
     assert measure_repetition([[7] * 13, [1, 2, 3], []]) == {
         "repeated_4grams": 9 / 10, "distinct_1": 4 / 16, "distinct_2": 3 / 14, "loops": 1 / 3,
     }  # fmt: skip
+
+
+@settings(max_examples=40, deadline=None)
+@given(corpus=corpora())
+def test_quarters_equal_a_brute_force_scan(corpus):
+    train, texts = corpus
+    found = measure_quarters([array(text) for text in texts], array(train))
+    masks = [mark_copied(text, train, 8) for text in texts]
+    for quarter in range(4):
+        spans = [(len(text) * quarter // 4, len(text) * (quarter + 1) // 4) for text in texts]
+        marks = [mark for mask, (a, b) in zip(masks, spans, strict=True) for mark in mask[a:b]]
+        assert found["tokens"][quarter] == len(marks)
+        assert found["copy_rate"][quarter] == (pytest.approx(sum(marks) / len(marks)) if marks else None)
+        parts = [list(text[a:b]) for text, (a, b) in zip(texts, spans, strict=True)]
+        assert found["repeated_4grams"][quarter] == measure_repetition(parts)["repeated_4grams"]
+    assert sum(found["tokens"]) == sum(map(len, texts))
+
+
+def test_quarters_by_hand():
+    """A text of 40 tokens whose last quarter repeats one pair, after a copy of 8 tokens in the second."""
+    text = array([*range(100, 112), *range(8), *range(120, 130), *[7, 8] * 5])
+    found = measure_quarters([text], array(range(50)))
+    assert found == {"tokens": [10] * 4, "copy_rate": [0.0, 0.8, 0.0, 0.0], "repeated_4grams": [0.0, 0.0, 0.0, 5 / 7]}
+    nothing = [None] * 4
+    assert measure_quarters([], text) == {"tokens": [0] * 4, "copy_rate": nothing, "repeated_4grams": nothing}
 
 
 def test_repetition_of_nothing():

@@ -5,14 +5,18 @@ import json
 import re
 import shutil
 import subprocess
+import unicodedata
+from contextlib import suppress
 from dataclasses import replace
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
 from utils.evaluation.plots import draw_copying, draw_loss, draw_parts, render_svg
-from utils.evaluation.render import draw_gap, draw_plots, quote, render_page, render_terminal
-from utils.evaluation.report import Report, list_scores
+from utils.evaluation.render import draw_gap, draw_plots, escape, quote, render_page, render_terminal
+from utils.evaluation.report import Report, list_quarters, list_scores
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
@@ -44,6 +48,13 @@ def test_all_pages_carry_the_same_numbers(measured, report):
         for row in rows:
             for name in ("base", "finetuned", "reference"):
                 assert row[name] in page
+    quarters = list_quarters(report)
+    assert len(quarters) == 6
+    for name in ("report.html", "report.md"):
+        for row in quarters:
+            assert row["label"] in text[name]
+            for share in row["quarters"]:
+                assert share in text[name]
     shown = render_terminal(report, width=120)
     for row in rows:
         assert row["finetuned"].split(" [")[0] in shown
@@ -125,6 +136,52 @@ def test_what_a_model_writes_is_never_markup(report):
         for markup in ("<script>", "<em>stars", "<code>code", '<a href="x"', "no heading</h1>"):
             assert markup not in page
     assert quote("a\nb") == "> a  \n> b  "
+
+
+def read_quote(page, parser):
+    """Return the text of a page that is one quotation, by a CommonMark parser, line by line."""
+    tokens, lines = parser.parse(page), [""] * len(page.split("\n"))
+    assert (tokens[0].type, tokens[-1].type) == ("blockquote_open", "blockquote_close")
+    for token in tokens[1:-1]:
+        assert token.type in ("paragraph_open", "inline", "paragraph_close")
+        if token.type == "inline":
+            assert {child.type for child in token.children} <= {"text", "hardbreak"}
+            text = "".join("\n" if child.type == "hardbreak" else child.content for child in token.children)
+            lines[token.map[0] : token.map[1]] = text.split("\n")
+    return "\n".join(lines)
+
+
+PARSERS = [MarkdownIt("commonmark"), MarkdownIt("commonmark").enable(["table", "strikethrough"])]
+PIECES = [*"-+*=_#>`~|:!&;$^@%\\[](){}<>.\"'0123456789ab \t\n\x0b\x85\xa0\u2028\u3000\u00e9", "\n", "1. ", "12) ",
+          "---", "===", "    ", "\n\n", "&amp;", "&#35;", "https://a.b", "<b>", "<!--", "- [ ] ", "| a | b |",
+          "|---|---|", ":-", "[a]: b", "```", "~~~", "<script>"]  # fmt: skip
+TEXTS = st.lists(st.sampled_from(PIECES), max_size=14).map("".join) | st.text(
+    st.characters(exclude_categories=["Cs"]), max_size=30
+)
+BLOCKS = ["- a", "+ a", "1. a", "1) a", "12.", "-", "---", "a\n---", "a\n===", "    a", "\ta", " a ", "a | b\n:-",
+          "a\n- b", "  - b", "a\n\n\n1. b"]  # fmt: skip
+
+
+@pytest.mark.parametrize("parser", PARSERS)
+@given(text=TEXTS)
+@settings(max_examples=150, deadline=None)
+def test_a_quotation_is_read_as_the_text_that_it_is(parser, text):
+    text = "".join(c if c in "\n\t" or unicodedata.category(c) != "Cc" else "\ufffd" for c in text.strip("\n"))
+    assert not text or read_quote(quote(text), parser) == text
+
+
+@pytest.mark.parametrize("text", BLOCKS)
+def test_a_quoted_line_starts_no_block(text):
+    for parser in PARSERS:
+        assert read_quote(quote(text), parser) == text
+    plain = "\n".join(f"> {escape(line)}  " for line in text.split("\n"))
+    assert not all(is_read_as(plain, parser, text) for parser in PARSERS), "escaped characters alone do as well"
+
+
+def is_read_as(page, parser, text):
+    with suppress(AssertionError):
+        return read_quote(page, parser) == text
+    return False
 
 
 EVALS = [{"step": s, "loss": loss, "bits_per_byte": loss / 2, "copy_rate": rate}

@@ -3,10 +3,12 @@
 import re
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from utils.evaluation.ngrams import measure_quarters
 from utils.evaluation.report import Report
 from utils.evaluation.verdict import describe_gap, judge
 
@@ -262,7 +264,7 @@ def test_verdict_of_a_healthy_run():
         "It forgot little: general text costs 4.0% more bits than before.",
     ]
     assert judged.flags == {"learned_the_book": True, "copies": False, "memorized": False, "forgot": False,
-                             "writes_like_the_book": None}  # fmt: skip
+                             "decays": None, "writes_like_the_book": None}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -313,4 +315,44 @@ def test_without_general_text_the_likelihood_of_unseen_pages_is_still_judged():
 def test_verdict_of_nothing_is_empty():
     judged = judge(Report())
     assert judged.verdict == []
-    assert judged.flags == dict.fromkeys(("learned_the_book", "copies", "memorized", "forgot", "writes_like_the_book"))
+    assert judged.flags == dict.fromkeys(
+        ("learned_the_book", "copies", "memorized", "forgot", "decays", "writes_like_the_book")
+    )
+
+
+RNG = np.random.default_rng(3)
+BOOK = RNG.integers(0, 200, 20_000)
+AUTHOR = [RNG.integers(0, 200, 2000) for _ in range(3)]
+LOOPING = [np.concatenate([text[:1500], np.tile(text[:20], 25)]) for text in AUTHOR]
+COPYING = [np.concatenate([text[:1500], BOOK[start : start + 500]]) for text, start in zip(AUTHOR, (0, 5000, 9000))]  # noqa: B905
+
+
+def judge_quarters(texts, reference=None):
+    columns = {"base": AUTHOR, "finetuned": texts} | ({"reference": reference} if reference else {})
+    quarters = {name: measure_quarters(column, BOOK) for name, column in columns.items()}
+    judged = judge(replace(figures(), by_quarter=quarters))
+    return judged.flags["decays"], " ".join(sentence for sentence in judged.verdict if "decays" in sentence)
+
+
+def test_a_text_that_loops_at_its_end_decays():
+    sentence = "It decays from the first quarter of its samples to the last: repeated 4-grams rise from 0.0% to 96.0%"
+    assert judge_quarters(LOOPING, AUTHOR) == (True, f"{sentence} (author 0.0% to 0.0%).")
+    assert judge_quarters(LOOPING) == (True, f"{sentence}.")
+
+
+def test_a_text_that_copies_at_its_end_decays():
+    sentence = "copied tokens rise from 0.0% to 100.0% (author 0.0% to 0.0%)."
+    assert judge_quarters(COPYING, AUTHOR) == (
+        True,
+        f"It decays from the first quarter of its samples to the last: {sentence}",
+    )
+
+
+def test_the_authors_own_text_does_not_decay():
+    assert judge_quarters(AUTHOR, AUTHOR) == (False, "")
+    assert judge_quarters([text[::-1] for text in LOOPING], AUTHOR) == (False, ""), "a loop at the start is no decay"
+    assert judge_quarters(LOOPING, LOOPING) == (False, ""), "the author's text has it too"
+
+
+def test_few_tokens_are_not_judged():
+    assert judge_quarters([text[-1000:] for text in LOOPING[:1]], AUTHOR) == (None, "")

@@ -292,6 +292,7 @@ def test_mistyped_folder_is_not_taken_for_a_hub_name(name, monkeypatch):
 def test_position_limit_of_families():
     assert position_limit({"n_positions": 1024}) == 1024
     assert position_limit({"max_position_embeddings": 2048}) == 2048
+    assert position_limit({"max_seq_len": 512}) == 512  # MPT
     assert position_limit({}) is None
 
 

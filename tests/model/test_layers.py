@@ -69,6 +69,34 @@ def test_a_gpu_and_a_compiled_model_keep_their_dropout(pair):
         assert not any(isinstance(module, layers.FastDropout) for module in model.modules())
 
 
+def test_labels_below_zero_are_no_targets():
+    torch.manual_seed(3)
+    logits, labels = torch.randn(2, 8, 50, requires_grad=True), torch.randint(0, 50, (2, 8))
+    labels[0, 3:] = -100
+    expected = torch.nn.functional.cross_entropy(logits[:, :-1].reshape(-1, 50), labels[:, 1:].reshape(-1))
+    found = layers.next_token_loss(logits, labels, 50)
+    assert found.item() == pytest.approx(expected.item(), abs=1e-6)
+    gradients = (torch.autograd.grad(loss, logits)[0] for loss in (found, expected))
+    assert torch.allclose(*gradients, atol=1e-7)
+
+
+def test_a_second_backward_pass_is_refused():
+    """The gradient is scaled in place: a second pass over it would scale it twice."""
+    logits = torch.randn(1, 4, 9, requires_grad=True)
+    loss = layers.next_token_loss(logits, torch.randint(0, 9, (1, 4)), 9) * 0.5
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("rate", [0.999999, 1 - 2**-17])
+def test_the_highest_rates_drop_all_but_a_few(rate):
+    torch.manual_seed(1)
+    out = layers.fast_dropout(torch.ones(1000, 1000), rate)
+    assert out.isfinite().all()
+    assert (out > 0).sum() < 100  # of a million: one in 2 ** 16 is kept
+
+
 @pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
 def test_dropout_drops_at_its_rate_and_keeps_the_mean(rate):
     torch.manual_seed(1)
@@ -84,6 +112,17 @@ def test_dropout_drops_at_its_rate_and_keeps_the_mean(rate):
         assert both == pytest.approx(rate**2, abs=5 * rate / n**0.5)
 
 
+def test_a_rate_that_16_bits_cannot_hold_keeps_its_share_and_its_scale():
+    torch.manual_seed(2)
+    kept = sum(layers.fast_dropout(torch.ones(1000, 1000), 0.999999).unique(return_counts=True)[1][1:].sum().item()
+               for _ in range(20))  # fmt: skip
+    assert abs(kept - 20) < 5 * 20**0.5
+    out = layers.fast_dropout(torch.ones(1000, 10_000), 0.999999)
+    assert out.max().item() == pytest.approx(1e6, rel=1e-3)
+    assert out.isfinite().all()
+    assert layers.fast_dropout(torch.ones(10), 1 - 2**-16).isfinite().all()
+
+
 def test_dropout_follows_the_seed_and_is_off_in_evaluation():
     layer, values = layers.FastDropout(0.3), torch.randn(50, 7)
     torch.manual_seed(5)
@@ -95,10 +134,12 @@ def test_dropout_follows_the_seed_and_is_off_in_evaluation():
     assert layers.fast_dropout(values, 0.0) is values
 
 
-@pytest.mark.parametrize("scaling", [None, 0.3])
-def test_attention_is_sdpas_but_for_what_is_dropped(scaling, monkeypatch):
+@pytest.mark.parametrize(("scaling", "width"), [(None, 8), (0.3, 8), (None, 5)])
+def test_attention_is_sdpas_but_for_what_is_dropped(scaling, width, monkeypatch):
     torch.manual_seed(2)
-    query, key, value = (torch.randn(2, 3, 10, 8).transpose(1, 2).contiguous().transpose(1, 2) for _ in range(3))
+    query, key, value = (
+        torch.randn(2, 3, 10, size).transpose(1, 2).contiguous().transpose(1, 2) for size in (8, 8, width)
+    )
     module = torch.nn.Module()
     module.is_causal = True
     expected, _ = sdpa_attention_forward(module, query, key, value, None, scaling=scaling)
@@ -107,7 +148,7 @@ def test_attention_is_sdpas_but_for_what_is_dropped(scaling, monkeypatch):
     found, _ = layers.fast_dropout_attention(module, query, key, value, None, dropout=0.25, scaling=scaling)
     assert drops == [0.25]
     assert torch.allclose(found, expected, atol=1e-6)
-    assert found.shape == expected.shape == (2, 10, 3, 8)
+    assert found.shape == expected.shape == (2, 10, 3, width)
 
 
 def test_attention_with_a_mask_or_without_dropout_is_left_to_sdpa(monkeypatch):
@@ -116,9 +157,17 @@ def test_attention_with_a_mask_or_without_dropout_is_left_to_sdpa(monkeypatch):
     module.is_causal = True
     query = torch.randn(1, 2, 5, 4)
     mask = torch.ones(1, 1, 5, 5, dtype=torch.bool)
-    for attention_mask, dropout in ((mask, 0.5), (None, 0.0)):
-        found, _ = layers.fast_dropout_attention(module, query, query, query, attention_mask, dropout=dropout)
+    bias = {"position_bias": torch.zeros(1, 2, 5, 5)}
+    for attention_mask, dropout, options in (
+        (mask, 0.5, {}), (None, 0.0, {}), (None, 0.5, bias), (None, 0.5, {"is_causal": False}),
+    ):  # fmt: skip
+        found, _ = layers.fast_dropout_attention(
+            module, query, query, query, attention_mask, dropout=dropout, **options
+        )
         assert found.shape == (1, 5, 2, 4)
+    module.is_causal = False
+    with pytest.raises(TypeError):  # what is called says more than the layer
+        layers.fast_dropout_attention(module, query, query, query, None, dropout=0.5, is_causal=True)
 
 
 def test_a_model_in_training_attends_with_our_dropout(pair, monkeypatch):

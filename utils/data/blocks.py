@@ -4,7 +4,7 @@ import functools
 import hashlib
 import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from utils.data.text import STOPS, WIDE_STOP
 from utils.errors import UserError
 from utils.storage import MANIFEST, join_hashes, read_sealed, verify_folder
 
@@ -23,11 +24,16 @@ AGAIN = "run prepare_data.py again with --overwrite"
 datasets.disable_progress_bars()
 
 
-def save_blocks(tokens: dict[str, np.ndarray], block_size: int, folder: Path) -> None:
-    """Write (n_tokens,) ids by split as rows of block_size ids, a datasets DatasetDict; a shorter tail is left out."""
+def save_blocks(tokens: dict[str, np.ndarray], block_size: int, folder: Path, start: Sequence[int] = ()) -> None:
+    """Write (n_tokens,) ids by split as rows of block_size ids, a datasets DatasetDict; a shorter tail is left out.
+
+    Each row begins with the ids of `start`, if there are any.
+    """
     splits = datasets.DatasetDict()
     for split, ids in tokens.items():
-        whole = ids[: len(ids) // block_size * block_size]
+        whole = ids[: len(ids) // (block_size - len(start)) * (block_size - len(start))]
+        if start:
+            whole = np.pad(whole.reshape(-1, block_size - 1), ((0, 0), (1, 0)), constant_values=start[0]).reshape(-1)
         values = pa.array(whole, type=pa.from_numpy_dtype(ids.dtype))
         rows = pa.FixedSizeListArray.from_arrays(values, block_size)
         # A fingerprint from the content: the same book gives the same files, byte for byte.
@@ -51,6 +57,12 @@ class Blocks:
         return self.manifest["block_size"]
 
     @property
+    def start_ids(self) -> list[int]:
+        """The token before the text of each block, if the tokenizer has one."""
+        start = self.manifest["tokenizer"].get("start_id")
+        return [] if start is None else [start]
+
+    @property
     def bytes_per_token(self) -> float:
         """UTF-8 bytes per token of the validation text, 0 without one."""
         counts = self.manifest["splits"]["validation"]
@@ -63,16 +75,17 @@ class Blocks:
 
     def id_range(self) -> tuple[int, int]:
         """Return the smallest and the largest token id."""
-        splits = [ids for ids in map(self.ids, ("train", "validation")) if len(ids)]
+        splits = [ids for ids in (*map(self.ids, ("train", "validation")), np.array(self.start_ids)) if len(ids)]
         return min(int(ids.min()) for ids in splits), max(int(ids.max()) for ids in splits)
 
     def ids(self, split: str) -> np.ndarray:
-        """Return all token ids of a split's blocks, (n_blocks * block_size,), in the book's order."""
-        return pc.list_flatten(getattr(self, split).data.table.column("input_ids")).to_numpy()
+        """Return the token ids of a split's text that fills its blocks, (n_tokens,), in the book's order."""
+        ids = pc.list_flatten(getattr(self, split).data.table.column("input_ids")).to_numpy()
+        return ids.reshape(-1, self.block_size)[:, 1:].reshape(-1) if self.start_ids else ids
 
     def spans(self, split: str) -> list[tuple[int, int, dict]]:
         """Return (start, end, manifest entry) of each segment of a split, as positions in ids(split)."""
-        end = len(getattr(self, split)) * self.block_size
+        end = len(getattr(self, split)) * (self.block_size - len(self.start_ids))
         spans = [span for span in self.manifest["spans"] if span["split"] == split]
         return [(span["tokens"][0], min(span["tokens"][1], end), span) for span in spans]
 
@@ -106,10 +119,10 @@ class Blocks:
         def match(pattern: str) -> np.ndarray:
             return np.array([bool(re.search(pattern, text)) for text in texts], bool)[inverse]
 
-        line, paragraph, sentence = match(r"\n$"), match(r"\n\n$"), match(r"[.!?][\"'\u201d\u2019)]*$")
+        line, paragraph, sentence = match(r"\n$"), match(r"\n\n$"), match(rf"[.!?{STOPS}][\"'\u201d\u2019)]*$")
         paragraph[1:] |= line[1:] & line[:-1]
         after_line = line[:-1] & ~line[1:]
-        after_sentence = sentence[:-1] & match(r"^ ")[1:]
+        after_sentence = (sentence[:-1] & match(r"^ ")[1:]) | (match(rf"{WIDE_STOP}$")[:-1] & ~line[1:])
         # Whether a prompt may start at each token but the first, in the order of preference.
         orders = [paragraph[:-1] & ~line[1:], after_line, after_line | after_sentence, np.ones_like(after_line)]
         fits = [range(start, end - length + 1) for start, end, _ in self.spans("validation")]
@@ -117,10 +130,20 @@ class Blocks:
             starts = [i for segment in fits for i in segment if i == segment[0] or may_start[i - 1]]
             if len(starts) >= count:
                 break
-        return [
-            (ids[i : i + n_prompt].tolist(), ids[i + n_prompt : i + length].tolist())
-            for i in pick_evenly(starts, count)
-        ]
+        return [self._cut_prompt(ids[i : i + length].tolist(), n_prompt, tokenizer) for i in pick_evenly(starts, count)]
+
+    @staticmethod
+    def _cut_prompt(ids: list[int], n_prompt: int, tokenizer) -> tuple[list[int], list[int]]:
+        """Cut ids into prompt and reference, the prompt up to 3 tokens shorter at either end to have whole characters.
+
+        A character of UTF-8 has 4 bytes at most, and a token may be one of them.
+        """
+        start, end = 0, n_prompt
+        while start < min(3, n_prompt - 1) and tokenizer.decode(ids[start:end]).startswith("\ufffd"):
+            start += 1
+        while end > max(start + 1, n_prompt - 3) and tokenizer.decode(ids[start:end]).endswith("\ufffd"):
+            end -= 1
+        return ids[start:end], ids[end:]
 
     def locate(self, position: int, length: int, tokenizer) -> dict[str, Any]:
         """Locate in the book the training n-gram of `length` tokens at `position` of ids("train").
@@ -132,10 +155,17 @@ class Blocks:
         # A token may start within a character, whose first bytes decode to a replacement that is not counted.
         char = span["chars"][0] + len(tokenizer.decode(ids[start:position]).rstrip("\ufffd"))
         first, last = max(start, position - CONTEXT_TOKENS), min(end, position + length + CONTEXT_TOKENS)
-        cuts = itertools.pairwise([first, position, position + length, last])
-        before, text, after = (tokenizer.decode(ids[a:b]) for a, b in cuts)
+        cuts = [0, position - first, position - first + length, last - first]
+        before, text, after = (text.strip("\ufffd") for text in decode_cuts(tokenizer, ids[first:last], cuts))
         return {"tokens": length, "book": book["name"], "char": char, "share": char / book["chars"],
                 "before": before, "text": text, "after": after}  # fmt: skip
+
+
+def decode_cuts(tokenizer, ids, cuts: list[int]) -> list[str]:
+    """Decode ids in pieces between positions; a character that lies across a cut stands whole in the later piece."""
+    text = tokenizer.decode(ids)
+    ends = [len(tokenizer.decode(ids[:cut]).rstrip("\ufffd")) for cut in cuts[1:-1]]
+    return [text[start:end] for start, end in itertools.pairwise([0, *ends, len(text)])]
 
 
 def pick_evenly(values: list, count: int) -> list:
@@ -162,6 +192,7 @@ def read_manifest(folder: Path) -> dict:
         splits = {name: manifest["splits"][name] for name in ("train", "validation")}
         numbers = [part[key] for part in splits.values() for key in ("blocks", "tokens", "bytes")]
         numbers += [position for span in manifest["spans"] for position in span["tokens"] if splits[span["split"]]]
+        numbers.append(manifest["tokenizer"].get("start_id", 0))
         manifest["tokenizer"]["sha256"], next(name for name in manifest["files"] if name.startswith("train/data"))
         if min(manifest["block_size"] - 2, *numbers, *(entry["bytes"] for entry in manifest["files"].values())) < 0:
             raise ValueError
@@ -183,7 +214,7 @@ def open_blocks(folder: Path) -> Blocks:
     try:
         splits = _map_splits(folder, manifest)
     except Exception as error:  # Arrow and datasets each fail in their own ways
-        raise UserError(f"data: {folder} is damaged, run prepare_data.py again: {error}") from None
+        raise UserError(f"data: {folder} is damaged, run prepare_data.py again: {error}") from error
     return Blocks(folder, manifest, splits["train"], splits["validation"])
 
 

@@ -3,15 +3,20 @@
 import bisect
 import codecs
 import hashlib
+import itertools
 import math
 import os
 import random
 import re
 import stat
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import regex
+
+from utils.data.doctor import clean
+from utils.data.formats import ARCHIVES, READERS, convert_book, take_chapters
 from utils.errors import UserError, machine_reason
 
 # First bytes of files that are often mistaken for text.
@@ -19,16 +24,31 @@ SIGNATURES = [
     (b"\x1f\x8b", "is a gzip file; unpack it first"),
     (b"PK\x03\x04", "is a zip file (docx or epub?); save it as plain text"),
     (b"%PDF", "is a PDF; save it as plain text"),
+    (b"\xd0\xcf\x11\xe0", "is an old Word file, or has a password; save it as .docx without one"),
     ((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE), "looks like UTF-32; convert it: iconv -f UTF-32 -t UTF-8"),
     ((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE), "looks like UTF-16; convert it: iconv -f UTF-16 -t UTF-8"),
 ]
+# Scripts without spaces between words: each letter with its marks counts as a word.
+SCRIPTS = ("Han", "Hiragana", "Katakana", "Thai", "Lao", "Khmer", "Myanmar")
+UNSPACED = "[" + "".join(rf"\p{{Script={name}}}" for name in SCRIPTS) + r"\u30fc]"  # the long vowel of both kana
+MARKS = r"[\p{M}\u200c\u200d]*"  # the joiners of Persian and Hindi stand within words
+LETTER = regex.compile(rf"[\p{{L}}&&{UNSPACED}]{MARKS}", regex.VERSION1)
+# Full stops, question and exclamation marks: of Hindi, Arabic, Armenian, Ethiopic, Tibetan, Khmer and Burmese; and of
+# Chinese and Japanese, after which no white space follows, with the quotation marks that close there.
+STOPS = "\u0964\u0965\u061f\u06d4\u0589\u1362\u1367\u0f0d\u17d4\u104b"
+WIDE_STOP = "[\u3002\uff01\uff1f\uff61]+['\"\u201d\u2019\u300d\u300f\uff09]*"
 # Where a segment may start: after a blank line; if a book has too few, after a line, a sentence, a word.
-CUT_PATTERNS = [r"\n(?:[ \t]*\n)+", r"\n+", r"[.!?]['\")\]]*\s+", r"\s+", r""]
+CUT_PATTERNS = [r"\n(?:[ \t]*\n)+", r"\n+", rf"[.!?{STOPS}]['\")\]]*\s+|{WIDE_STOP}\s*", r"\s+", r""]
+MIN_CHAPTERS = 3  # for validation, if they are to be whole
+CHOICES, MAX_MISS = 1000, 0.25  # selections of chapters that are tried; of the share that the best may miss
 
 
 @dataclass(frozen=True)
 class Book:
-    """A text file and its size, measured after line ends became LF; `validation`: no part of it is for training."""
+    """A text file and its size, measured after line ends became LF and `cleaned` faults were mended (name: count).
+
+    `validation`: no part of it is for training.
+    """
 
     path: Path
     sha256: str
@@ -36,6 +56,8 @@ class Book:
     n_bytes: int
     n_words: int
     validation: bool = False
+    chapters: tuple[int, ...] = ()  # characters at which they start, 0 first; () for a book without
+    cleaned: dict[str, int] = field(default_factory=dict)  # how often each fault was mended
 
 
 @dataclass(frozen=True)
@@ -63,11 +85,42 @@ def find_books(paths: list[Path]) -> list[Path]:
     return list(found.values())
 
 
-def read_book(path: Path, encoding: str = "utf-8", validation: bool = False) -> tuple[str, Book]:
-    """Read a text file, drop a byte-order mark, and make every line end LF; UserError if it is not text or empty."""
+def read_book(
+    path: Path, encoding: str = "utf-8", validation: bool = False, faults: Sequence[str] | None = None
+) -> tuple[str, Book]:
+    """Read a text file, drop a byte-order mark, make every line end LF, and mend the named faults (doctor.FAULTS).
+
+    Files with an ending of formats.READERS are converted to text first. UserError if there is no text.
+    """
     name = str(path) if len(str(path)) <= 120 else f"{str(path)[:60]}..."
+    raw, suffix = _read_bytes(path, name), path.suffix.lower()
+    is_zip = suffix in ARCHIVES and raw.startswith(b"PK")
+    text = "" if is_zip else _decode(raw, encoding, name)
+    if suffix in READERS and raw:
+        text = convert_book(raw if is_zip else text.encode(), suffix, name)
+    text, cleaned = clean(text, faults)
+    # The marks of chapters go last: what changes the text before moves them with it.
+    text, chapters = take_chapters(text) if suffix in READERS else (text, ())
+    if not text.strip() and cleaned:
+        raise UserError(f"{name} has no text left after --clean {','.join(cleaned)}; leave it out")
+    if not text.strip():
+        raise UserError(f"{name} has no text, only white space" if raw else f"{name} is empty")
+    digest, n_words = hashlib.sha256(raw).hexdigest(), count_words(text)
+    return text, Book(path, digest, len(text), len(text.encode()), n_words, validation, chapters, cleaned)
+
+
+def count_words(text: str) -> int:
+    """Count what stands between white space; in scripts that have none, letters."""
+    n_letters, rest = 0, text
+    if LETTER.search(text):
+        rest, n_letters = LETTER.subn(" ", text)
+        return n_letters + sum(any(map(str.isalnum, word)) for word in rest.split())
+    return len(rest.split())
+
+
+def _decode(raw: bytes, encoding: str, name: str) -> str:
+    """Decode the bytes of a text file, without a byte-order mark and with LF as line ends."""
     is_utf8 = codecs.lookup(encoding).name == "utf-8"
-    raw = _read_bytes(path, name)
     if is_utf8:
         _refuse_other_formats(raw, name)
     try:
@@ -76,11 +129,7 @@ def read_book(path: Path, encoding: str = "utf-8", validation: bool = False) -> 
         raise UserError(f"{name} is not {_explain_decoding(raw, error, 'UTF-8' if is_utf8 else encoding)}") from None
     if "\0" in text:
         raise UserError(f"{name} has a zero byte at offset {raw.find(0)}; it is not plain text")
-    text = text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
-    if not text.strip():
-        raise UserError(f"{name} has no text, only white space" if raw else f"{name} is empty")
-    digest = hashlib.sha256(raw).hexdigest()
-    return text, Book(path, digest, len(text), len(text.encode()), len(text.split()), validation)
+    return text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
 
 
 def _read_bytes(path: Path, name: str) -> bytes:
@@ -131,24 +180,45 @@ def _explain_decoding(raw: bytes, error: UnicodeDecodeError, encoding: str) -> s
     return f"UTF-8: {byte} (line {line}); convert it or give --encoding latin-1"
 
 
-def read_segments(books: list[Book], encoding: str, val_split: float, seed: int) -> Iterator[Segment]:
+def read_segments(
+    books: list[Book], encoding: str, val_split: float, seed: int, faults: Sequence[str] | None = None
+) -> Iterator[Segment]:
     """Yield the segments of all books, read one at a time so that memory stays bounded.
 
     Books marked for validation are kept whole, and then all others are for training.
     """
-    whole = any(book.validation for book in books)
+    whole, offset = any(book.validation for book in books), 0
     n_chars = sum(book.n_chars for book in books)
-    spans = [] if whole else choose_validation_spans(n_chars, val_split, seed)
-    offset = 0
+    spans = [] if whole else choose_chapters(books, val_split, seed)
+    spans = spans or ([] if whole else choose_validation_spans(n_chars, val_split, seed))
     for index, book in enumerate(books):
-        text, again = read_book(book.path, encoding)
+        text, again = read_book(book.path, encoding, faults=faults)
         if again.sha256 != book.sha256:
             raise UserError(f"{book.path} changed while it was read; try again")
-        if book.validation:
-            yield Segment("validation", index, 0, len(text), text)
-        else:
-            yield from split_book(text, index, offset, spans)
+        chosen = [(offset, offset + len(text))] if book.validation else spans
+        yield from split_book(text, index, offset, chosen, book.chapters)
         offset += book.n_chars
+
+
+def choose_chapters(books: list[Book], val_split: float, seed: int) -> list[tuple[int, int]]:
+    """Choose whole chapters for validation: (start, end) in characters over all books.
+
+    One lies in each of several equal parts. They are the selection of CHOICES whose size is nearest to val_split;
+    [] if the books have too few chapters, or such uneven ones that none is near.
+    """
+    ends = list(itertools.accumulate((book.n_chars for book in books), initial=0))
+    starts = [offset + start for book, offset in zip(books, ends, strict=False) for start in book.chapters]
+    n_chars, size = ends[-1], val_split * ends[-1]
+    if not all(book.chapters for book in books) or len(starts) * val_split < MIN_CHAPTERS:
+        return []
+    count = round(val_split * len(starts))
+    parts = [[] for _ in range(count)]
+    for start, end in itertools.pairwise([*starts, n_chars]):
+        parts[(start + end) * count // (2 * n_chars)].append((start, end))
+    rng = random.Random(seed)
+    choices = [[rng.choice(part) for part in parts if part] for _ in range(CHOICES)]
+    misses = [abs(sum(end - start for start, end in chosen) - size) for chosen in choices]
+    return choices[misses.index(min(misses))] if min(misses) <= MAX_MISS * size else []
 
 
 def choose_validation_spans(n_chars: int, val_split: float, seed: int) -> list[tuple[int, int]]:
@@ -177,14 +247,17 @@ def find_cuts(text: str, needed: int) -> list[int]:
     return cuts
 
 
-def split_book(text: str, book_index: int, offset: int, spans: list[tuple[int, int]]) -> Iterator[Segment]:
-    """Yield the segments of a book, alternately for training and validation; together they are its text.
+def split_book(
+    text: str, book_index: int, offset: int, spans: list[tuple[int, int]], chapters: tuple[int, ...] = ()
+) -> Iterator[Segment]:
+    """Yield the segments of a book, for training and validation; together they are its text.
 
-    `spans` are from choose_validation_spans; the book starts at character `offset` over all books.
+    `spans` are from choose_validation_spans or choose_chapters; the book starts at character `offset` over all books.
+    No segment crosses the start of one of its chapters.
     """
     wanted = [(a - offset, b - offset) for a, b in spans if a < offset + len(text) and b > offset]
     # 40 cuts per segment keep the actual size within a few percent of the one asked for.
-    cuts = find_cuts(text, 40 * len(wanted)) if wanted else []
+    cuts = sorted({*find_cuts(text, 40 * len(wanted)), *chapters}) if wanted else []
     position, pieces = 0, []
     for a, b in wanted:
         start, end = _nearest(cuts, max(a, position)), _nearest(cuts, min(b, len(text)))
@@ -192,8 +265,9 @@ def split_book(text: str, book_index: int, offset: int, spans: list[tuple[int, i
             pieces += [("train", position, start), ("validation", start, end)]
             position = end
     for split, start, end in [*pieces, ("train", position, len(text))]:
-        if end > start:
-            yield Segment(split, book_index, start, end, text[start:end])
+        inside = [chapter for chapter in chapters if start < chapter < end]
+        for a, b in itertools.pairwise([start, *inside, end] if end > start else []):
+            yield Segment(split, book_index, a, b, text[a:b])
 
 
 def _nearest(cuts: list[int], position: int) -> int:

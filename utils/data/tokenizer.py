@@ -36,19 +36,31 @@ def load_tokenizer(folder: Path):
         # Without the False, the library asks at a terminal whether the folder's own code may run.
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         tokenizer("a word")  # some fields of its files are not read before
+    except ImportError as error:
+        raise UserError(f"tokenizer: {folder} needs a package that is not installed: {error}") from None
     except Exception as error:  # each kind fails in its own way, the Rust library with a bare Exception
         what = "/tokenizer.json is damaged" if type(error) is Exception else " is damaged, it cannot be loaded"
-        raise UserError(f"tokenizer: {folder}{what}: {error}") from None
+        raise UserError(f"tokenizer: {folder}{what}: {error}") from error
     if tokenizer.eos_token_id is None:
         raise UserError(f"tokenizer: {folder} has no end-of-text token")
+    if len(start_ids(tokenizer)) > 1:
+        n_start = len(start_ids(tokenizer))
+        raise UserError(f"tokenizer: {folder} puts {n_start} tokens before a text, at most one is known")
     return tokenizer
+
+
+def start_ids(tokenizer) -> list[int]:
+    """Return the ids that a tokenizer puts before a text: the start token of Llama, Mistral or Gemma, none of GPT-2."""
+    text, whole = (tokenizer("x", add_special_tokens=special)["input_ids"] for special in (False, True))
+    starts = [start for start in range(len(whole)) if whole[start : start + len(text)] == text]
+    return whole[: starts[0]] if starts else []
 
 
 def fingerprint_tokenizer(tokenizer) -> str:
     """Return a sha256 that is equal for tokenizers that give text the same ids."""
     sample = tokenizer("The old house, isn't it?\n\n  1871 \u00e9", add_special_tokens=False)["input_ids"]
     vocabulary = sorted(tokenizer.get_vocab().items())
-    return hashlib.sha256(json.dumps([vocabulary, sample]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([vocabulary, sample, *start_ids(tokenizer)]).encode()).hexdigest()
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int):
@@ -95,7 +107,7 @@ def encode_text(tokenizer, pieces: list[str]) -> list[int]:
 def pieces_are_exact(tokenizer, text: str) -> bool:
     """Say whether a tokenizer encodes pieces as the whole text; those that mark the start of a text do not."""
     # Every cut of the sample is tried; its first line has some, even if the text is a single word.
-    sample = "One two.\n\n  Three\n" + text[: 8 * PIECE_CHARS]
+    sample = "One two.\n\n  Three\n" + text[: 2 * PIECE_CHARS]
     return encode_text(tokenizer, PIECE_CUT.split(sample)) == encode_text(tokenizer, [sample])
 
 
@@ -108,12 +120,11 @@ class TokenWriter:
         self.paths = {split: folder / f"{split}.bin" for split in SPLITS}
         self.spans: list[dict] = []
         self.n_tokens = dict.fromkeys(SPLITS, 0)
-        self.exact: bool | None = None
+        self.exact = True
 
     def write(self, segment: Segment) -> None:
         """Tokenize a segment and append it to its split."""
-        if self.exact is None:
-            self.exact = pieces_are_exact(self.tokenizer, segment.text)
+        self.exact = self.exact and pieces_are_exact(self.tokenizer, segment.text)
         if self.spans and self.spans[-1]["book"] != segment.book_index:
             self._append(self.spans[-1]["split"], [self.tokenizer.eos_token_id])
         pieces = cut_pieces(segment.text) if self.exact else [segment.text]
@@ -143,9 +154,9 @@ class TokenWriter:
         for path in self.paths.values():
             path.unlink(missing_ok=True)
 
-    def count_split(self, split: str, block_size: int) -> dict[str, int]:
-        """Count what was written to a split; tail_tokens are those after the last whole block."""
+    def count_split(self, split: str, size: int) -> dict[str, int]:
+        """Count what was written to a split, `size` tokens of it per block; tail_tokens are those that are left."""
         spans, n_tokens = [span for span in self.spans if span["split"] == split], self.n_tokens[split]
         n_chars = sum(span["chars"][1] - span["chars"][0] for span in spans)
         return {"segments": len(spans), "chars": n_chars, "bytes": sum(span["bytes"] for span in spans),
-                "tokens": n_tokens, "blocks": n_tokens // block_size, "tail_tokens": n_tokens % block_size}  # fmt: skip
+                "tokens": n_tokens, "blocks": n_tokens // size, "tail_tokens": n_tokens % size}  # fmt: skip

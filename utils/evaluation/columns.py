@@ -11,7 +11,7 @@ import numpy as np
 from utils.data.blocks import Blocks
 from utils.data.text import read_book
 from utils.errors import UserError
-from utils.evaluation.stylometry import split_words
+from utils.evaluation.stylometry import split_terms, split_words
 
 N_WINDOWS = 200  # of training and of validation text, as long as a sample, are compared with the samples
 SEPARATOR = re.compile(r"^---[^\S\n]*$", re.MULTILINE)
@@ -32,9 +32,18 @@ class Column:
         """The words of each text."""
         return [split_words(text) for text in self.texts]
 
+    @functools.cached_property
+    def terms(self) -> list[list[str]]:
+        """The terms of each text."""
+        return [split_terms(text) for text in self.texts]
+
     @property
     def n_words(self) -> int:
         return sum(map(len, self.words))
+
+    @property
+    def n_terms(self) -> int:
+        return sum(map(len, self.terms))
 
 
 def build_column(texts: list[str], ids: list[np.ndarray], groups: list[int], name: str = "") -> Column:
@@ -80,6 +89,17 @@ def read_judged(path: Path) -> list[tuple[str, object]]:
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 raise UserError(f'{path}: line {number} is not a JSON object with a "text"') from None
     return rows
+
+
+def columns_of_files(paths: list[Path], tokenizer, length: int) -> dict[str, Column]:
+    """Return the texts of files as columns, by the files' names without their endings."""
+    stems = [path.stem for path in paths]
+    for stem in stems:
+        if not stem.isprintable():
+            raise UserError(f"--judge: {stem!r} has characters that cannot be printed; rename the file")
+        if stems.count(stem) > 1:
+            raise UserError(f"--judge: two files are called {stem}; rename one")
+    return {path.stem: column_of_file(path, tokenizer, length) for path in paths}
 
 
 def column_of_file(path: Path, tokenizer, length: int) -> Column:

@@ -3,20 +3,21 @@
 Functions return fields of report.Report, and `missing`: a sentence for each measure that was not possible.
 """
 
-import re
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import regex
 from scipy.stats import binomtest
 from tqdm import tqdm
 
-from utils.data.blocks import Blocks, pick_evenly
+from utils.data.blocks import Blocks, decode_cuts, pick_evenly
+from utils.data.text import UNSPACED
 from utils.evaluation import ngrams, stylometry
 from utils.evaluation.columns import Column
 from utils.evaluation.generation import Decoding
 from utils.evaluation.loss import blocks_per_pass, cut_blocks, measure_gain, score_blocks, summarize_loss
-from utils.evaluation.memorization import default_copy_rate, measure_coverage, measure_extraction
+from utils.evaluation.memorization import COVERED_WORDS, default_copy_rate, measure_coverage, measure_extraction
 from utils.evaluation.style import MIN_WINDOWS, BookMeasures, compare_style, describe_lack, judge_style, sample_book
 
 MODELS = ("base", "finetuned")
@@ -25,7 +26,14 @@ MIN_BLOCKS = 8  # for an interval
 CONTROL_BLOCK = 128  # tokens per block of general text if there is no data folder
 SHOWN_NGRAM = ngrams.NGRAM_LENGTHS[0]  # tokens: the shortest copied span that the page marks
 SHOWN_PROMPTS, SHOWN_SAMPLES, CURVE_POINTS = 24, 3, 300
+OTHER_LANGUAGE = (
+    "style gain and cosine Delta, and whether the model learned more than the book's language: "
+    "the general text is of another language; --control-path takes one of the same"
+)
+# Where words have no spaces between them, a cut leaves no part of one but perhaps of a character.
+CUT_WORD = regex.compile(rf"^[\S--{UNSPACED}]*\s+|\s+[\S--{UNSPACED}]*$|^\ufffd+|\ufffd+$", regex.VERSION1)
 QUESTIONS = 10  # pairs, and as many single snippets
+SNIPPET_TOKENS = 150  # at most
 
 
 def measure_losses(
@@ -91,16 +99,23 @@ def compare_texts(
     train, (book, is_whole) = data.ids("train"), sample_book(data, tokenizer)
     joined = {name: "\n".join(column.texts) for name, column in columns.items()} | {"book": book}
     book_words = stylometry.split_words(book)
+    # A letter of Chinese and the like is about half a word.
+    shortest = COVERED_WORDS * (1 + stylometry.is_unspaced(book_words))
+    other_language = stylometry.is_other_language(stylometry.split_words(control), book_words)
+    control = "" if other_language else control
     # Longer text has fewer new words: equal amounts are compared.
     fewest = min((len(column.ids) for column in columns.values() if column.ids), default=0)
     fields = {
+        "unspaced": shortest > COVERED_WORDS,
+        "other_language": other_language,
         "copy_rate": {name: ngrams.ngram_overlap(column.ids, train) for name, column in columns.items()},
         "longest_copy": {name: describe_longest(column.ids, data, tokenizer) for name, column in columns.items()},
-        "coverage": {name: measure_coverage(column.words, book_words) for name, column in columns.items()},
+        "coverage": {name: measure_coverage(column.words, book_words, shortest) for name, column in columns.items()},
         "repetition": {
             name: ngrams.measure_repetition([row.tolist() for row in pick_evenly(column.ids, fewest)])
             for name, column in columns.items()
         },
+        "by_quarter": {name: ngrams.measure_quarters(column.ids, train) for name, column in columns.items()},
         "lengths": {name: stylometry.measure_lengths(text) for name, text in joined.items()},
         "counts": {
             "texts": {name: len(column.texts) for name, column in columns.items()},
@@ -125,6 +140,9 @@ def compare_texts(
     for name, column in judged.items():
         lack = describe_lack(column, window_tokens) or "".join(missing)
         fields["judged"][name] |= {"missing": lack} if lack else judge_style(measures, column, columns)
+    if other_language:
+        missing.append(OTHER_LANGUAGE)
+        fields["style_gain"] = None  # a general text that the model loses with its language would count as gain
     return fields if lacks else fields | compare_style(measures, columns), missing
 
 
@@ -144,14 +162,12 @@ def arrange_texts(
     train, spans, rows = data.ids("train") if data else None, {}, []
 
     def cut_pieces(ids):
-        ids, pieces, done = np.array(ids, np.int64), [], 0
-        for start, end, position in ngrams.trace_spans(ids, train, SHOWN_NGRAM) if data else []:
-            pieces.append({"text": tokenizer.decode(ids[done:start]), "source": None})
-            source = spans.setdefault((position, end - start), len(spans))
-            pieces.append({"text": tokenizer.decode(ids[max(start, done) : end]), "source": source})
-            done = end
-        pieces.append({"text": tokenizer.decode(ids[done:]), "source": None})
-        return [piece for piece in pieces if piece["text"]]
+        cuts, sources = [0], [None]
+        for start, end, position in ngrams.trace_spans(np.array(ids, np.int64), train, SHOWN_NGRAM) if data else []:
+            cuts += [max(start, cuts[-1]), end]
+            sources += [spans.setdefault((position, end - start), len(spans)), None]
+        texts = decode_cuts(tokenizer, ids, [*cuts, len(ids)])
+        return [{"text": text, "source": source} for text, source in zip(texts, sources, strict=True) if text]
 
     for prompt in prompts[:SHOWN_PROMPTS]:
         columns = {}
@@ -170,12 +186,13 @@ def make_quiz(samples: list[dict], data: Blocks, tokenizer, seed: int) -> dict[s
     Pairs of author and model come first, then single snippets of other texts where there are enough; {} without pairs.
     """
     rng = np.random.default_rng(seed)
-    length = max((len(s["generated_ids"]) for s in samples), default=1)
+    length = min(SNIPPET_TOKENS, max((len(s["generated_ids"]) for s in samples), default=1))
     real = tokenizer.batch_decode(data.windows("validation", length, 3 * QUESTIONS)) if length > 1 else []
-    made = [s["text"] for s in samples if s["model"] == "finetuned" and len(s["generated_ids"]) == length]
+    own = [s for s in samples if s["model"] == "finetuned" and len(s["generated_ids"]) >= length]
+    made = [s["text"] if len(s["generated_ids"]) == length else tokenizer.decode(s["generated_ids"][:length])
+            for s in own]  # fmt: skip
     made, real = (
-        rng.permutation(sorted({re.sub(r"^\S*\s+|\s+\S*$", "", text) for text in texts} - {""})).tolist()
-        for texts in (made, real)
+        rng.permutation(sorted({CUT_WORD.sub("", text) for text in texts} - {""})).tolist() for texts in (made, real)
     )
     available = min(len(made), len(real))
     if available < QUESTIONS:

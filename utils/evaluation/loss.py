@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 
-from utils.data.tokenizer import cut_pieces, encode_text, pieces_are_exact
+from utils.data.tokenizer import cut_pieces, encode_text, pieces_are_exact, start_ids
 from utils.evaluation.bootstrap import Estimate, center, resample
 from utils.model.layers import next_token_loss
 
@@ -82,10 +82,11 @@ def describe_result(result: dict[str, float]) -> str:
 
 
 def cut_blocks(text: str, tokenizer, block_size: int) -> tuple[Dataset, float]:
-    """Tokenize a text into whole blocks; return them as score_blocks takes them, and UTF-8 bytes per token."""
+    """Tokenize a text into whole blocks; return them as score_blocks takes them, and UTF-8 bytes per text token."""
     pieces = cut_pieces(text) if pieces_are_exact(tokenizer, text) else [text]
     ids = encode_text(tokenizer, pieces) if text else []
-    rows = [ids[start : start + block_size] for start in range(0, len(ids) - block_size + 1, block_size)]
+    start, n_text = start_ids(tokenizer), block_size - len(start_ids(tokenizer))
+    rows = [start + ids[first : first + n_text] for first in range(0, len(ids) - n_text + 1, n_text)]
     return Dataset.from_dict({"input_ids": rows}).with_format("torch"), len(text.encode()) / max(1, len(ids))
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from utils.data.tokenizer import start_ids
 from utils.evaluation.generation import Decoding, generate_ids
 from utils.evaluation.ngrams import NGRAM_LENGTHS, NgramIndex, longest_overlap, mark_sources, ngram_overlap
 from utils.model.hub import position_limit
@@ -89,8 +90,8 @@ def count_samples(log_probs: np.ndarray) -> np.ndarray:
         return np.ceil(np.log(0.5) / np.log1p(-np.exp(log_probs))).clip(min=1)
 
 
-def measure_coverage(texts: list[list[str]], book: list[str]) -> dict[str, float]:
-    """Measure which share of a book's words stands in texts (words too), in spans of at least COVERED_WORDS words.
+def measure_coverage(texts: list[list[str]], book: list[str], shortest: int = COVERED_WORDS) -> dict[str, float]:
+    """Measure which share of a book's words stands in texts (words too), in spans of at least `shortest` words.
 
     Returns:
         covered (share, of all texts together), longest_words (longest span of one text) and n_words (of the book).
@@ -98,7 +99,7 @@ def measure_coverage(texts: list[list[str]], book: list[str]) -> dict[str, float
     """
     numbers = defaultdict(itertools.count().__next__)
     *rows, words = (np.array([numbers[word] for word in text], np.int64) for text in (*texts, book))
-    covered = int(mark_sources(rows, words, COVERED_WORDS).sum())
+    covered = int(mark_sources(rows, words, shortest).sum())
     return {"covered": covered / max(1, len(words)), "longest_words": longest_overlap(rows, words)[0],
             "n_words": len(words)}  # fmt: skip
 
@@ -115,13 +116,14 @@ class CopyMonitor:
     """
 
     def __init__(self, data, model, tokenizer, n_samples: int, max_copy_rate: float | None, seed: int) -> None:
-        total = min(MONITOR_TOKENS, position_limit(model.config.to_dict()) or MONITOR_TOKENS)
+        start, limit = start_ids(tokenizer), position_limit(model.config.to_dict())
+        total = min(MONITOR_TOKENS, (limit or math.inf) - len(start))
         self.prompts, self.seed, self.eos_token_id = [], seed, tokenizer.eos_token_id
         self.new_tokens, self.limit = total - total // 4, math.inf
         if n_samples and len(data.validation):
             self.train = data.ids("train")
             pairs = data.validation_prompts(tokenizer, n_samples, total // 4, self.new_tokens)
-            self.prompts = [prompt for prompt, _ in pairs]
+            self.prompts = [start + prompt for prompt, _ in pairs]
             # Cut like the samples: no n-gram reaches over an edge.
             windows = data.windows("validation", self.new_tokens, N_WINDOWS) or data.segments("validation")
             reference = ngram_overlap(windows, self.train)[str(NGRAM_LENGTHS[0])]
@@ -139,20 +141,18 @@ class CopyMonitor:
 
 
 class CopyGuard:
-    """A logits processor that lets no copied span, prompt included, grow longer than the n-grams of a training index.
+    """Lets no copied span of a text, prompt included, grow longer than the n-grams of a training index.
 
-    `acted` counts the tokens before which it forbade others.
+    A rule of generation.TokenChooser. `acted` counts the tokens before which it forbade others.
     """
 
     def __init__(self, index: NgramIndex, eos_token_id: int) -> None:
         self.index, self.eos_token_id, self.acted = index, eos_token_id, 0
 
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Forbid the tokens that would continue an n-gram of training."""
-        for row, ids in enumerate(input_ids.cpu().numpy()):
-            ngram = ids[(ids != self.eos_token_id).argmax() :][-self.index.length :]  # without the padding
-            if len(ngram) == self.index.length and ngram[-1] != self.eos_token_id:
-                forbidden = self.index.following(ngram)
-                scores[row, torch.from_numpy(forbidden.astype("int64")).to(scores.device)] = -torch.inf
-                self.acted += len(forbidden) > 0
-        return scores
+    def __call__(self, ids: list[int], scores: torch.Tensor) -> None:
+        """Forbid, in (V,) scores, the tokens that would continue an n-gram of training; it never spans two books."""
+        ngram = ids[-self.index.length :]
+        if len(ngram) == self.index.length and self.eos_token_id not in ngram:
+            forbidden = self.index.following(np.array(ngram))
+            scores[torch.from_numpy(forbidden.astype("int64")).to(scores.device)] = -torch.inf
+            self.acted += len(forbidden) > 0

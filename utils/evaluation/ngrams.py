@@ -62,11 +62,14 @@ def count_hashes(hashed: list[np.ndarray], train: np.ndarray, n: int) -> list[np
 
 def mark_overlap(texts: list[np.ndarray], train: np.ndarray, length: int) -> list[np.ndarray]:
     """Mark the tokens that lie in an n-gram of training of `length` tokens; a bool array for each text."""
-    masks = [np.zeros(len(text), bool) for text in texts]
-    for mask, found in zip(masks, find_ngrams(texts, train, length), strict=True):
-        if len(found):  # a token is covered by the n-grams that start at it and at the length - 1 tokens before it
-            mask[:] = np.convolve(found != NOT_FOUND, np.ones(length)) > 0
-    return masks
+    found = find_ngrams(texts, train, length)
+    return [_cover(text, positions != NOT_FOUND, length) for text, positions in zip(texts, found, strict=True)]
+
+
+def _cover(text: np.ndarray, starts: np.ndarray, length: int) -> np.ndarray:
+    """Mark the tokens of a text that lie in n-grams of `length` tokens, from a mark for each n-gram."""
+    # A token is covered by the n-grams that start at it and at the length - 1 tokens before it.
+    return np.convolve(starts, np.ones(length)) > 0 if len(starts) else np.zeros(len(text), bool)
 
 
 def mark_sources(texts: list[np.ndarray], train: np.ndarray, length: int) -> np.ndarray:
@@ -121,11 +124,11 @@ def trace_spans(text: np.ndarray, train: np.ndarray, length: int) -> list[tuple[
 
 
 class NgramIndex:
-    """The tokens that follow each n-gram of `length` tokens in (N,) training ids."""
+    """The n-grams of `length` tokens in (N,) training ids, and the tokens that follow each."""
 
     def __init__(self, train: np.ndarray, length: int) -> None:
         self.train, self.length = train, length
-        hashes = hash_ngrams(train[:-1], length)  # nothing follows the last n-gram
+        hashes = hash_ngrams(train, length)
         self.positions = np.argsort(hashes, kind="stable")
         self.hashes = hashes[self.positions]
 
@@ -133,7 +136,14 @@ class NgramIndex:
         """Return the tokens that follow an n-gram anywhere in training."""
         wanted = hash_ngrams(ngram, self.length)[0]
         low, high = np.searchsorted(self.hashes, wanted), np.searchsorted(self.hashes, wanted, side="right")
-        return np.unique(self.train[self.positions[low:high] + self.length])
+        ends = self.positions[low:high] + self.length
+        return np.unique(self.train[ends[ends < len(self.train)]])  # nothing follows the last n-gram
+
+    def mark(self, text: np.ndarray) -> np.ndarray:
+        """Mark the tokens of a text that lie in one of the n-grams, as mark_overlap does, without reading all again."""
+        hashes = hash_ngrams(text, self.length)
+        high, low = (np.searchsorted(self.hashes, hashes, side=side) for side in ("right", "left"))
+        return _cover(text, high > low, self.length)
 
 
 def measure_leakage(train: np.ndarray, validation: np.ndarray) -> dict[str, Any]:
@@ -188,6 +198,23 @@ def measure_repetition(texts: list[list[int]]) -> dict[str, float | None]:
         "distinct_2": distinct(2),
         "loops": sum(map(ends_in_loop, texts)) / len(texts) if texts else None,
     }
+
+
+def measure_quarters(texts: list[np.ndarray], train: np.ndarray) -> dict[str, list]:
+    """Measure by position: tokens, copy_rate and repeated_4grams of each quarter of the texts, as lists of four.
+
+    Copied are tokens in n-grams of 8 of training, repeated the 4-grams that occurred before in the same quarter of
+    their text: counted from its start, more would be repeated at the end of any text.
+    """
+    masks, result = mark_overlap(texts, train, NGRAM_LENGTHS[0]), {"tokens": [], "copy_rate": [], "repeated_4grams": []}
+    for quarter in range(4):
+        parts = [slice(len(text) * quarter // 4, len(text) * (quarter + 1) // 4) for text in texts]
+        copied = np.concatenate([np.zeros(0, bool), *(mask[part] for mask, part in zip(masks, parts, strict=True))])
+        own = [text[part].tolist() for text, part in zip(texts, parts, strict=True)]
+        result["tokens"].append(len(copied))
+        result["copy_rate"].append(float(copied.mean()) if len(copied) else None)
+        result["repeated_4grams"].append(measure_repetition(own)["repeated_4grams"])
+    return result
 
 
 def ends_in_loop(ids: list[int], least: int = 12, times: int = 3) -> bool:

@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
+from utils.data.tokenizer import start_ids
 from utils.evaluation.bootstrap import Estimate, center, resample
 from utils.evaluation.ngrams import count_hashes, hash_ngrams
-from utils.evaluation.stylometry import split_words
+from utils.evaluation.stylometry import split_terms
 from utils.model.hub import position_limit
 
 NGRAMS = (1, 2, 3, 4)  # tokens
@@ -35,10 +36,10 @@ def read_texts(model, tokenizer, texts: list[str], batch_size: int, autocast: Ca
         (N, 2 * width) mean hidden states of the middle and the last layer, and (N, 4) mean, standard deviation,
         median and maximum of the surprise in nats per token.
     """
-    limit, hidden, surprise = position_limit(model.config.to_dict()), [], []
+    limit, hidden, surprise, lead = position_limit(model.config.to_dict()), [], [], start_ids(tokenizer)
+    encoded = [lead + ids for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
     # Of a single token no surprise is known: it stands twice.
-    encoded = [torch.tensor((ids if len(ids) > 1 else (ids or [0]) * 2)[:limit])
-               for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]  # fmt: skip
+    encoded = [torch.tensor((ids if len(ids) > 1 else (ids or [0]) * 2)[:limit]) for ids in encoded]
     batch_size = max(1, min(batch_size, PASS_TOKENS // max(map(len, encoded))))
     for start in tqdm(range(0, len(texts), batch_size), desc="reading", unit="batch", delay=2, leave=False):
         rows = encoded[start : start + batch_size]
@@ -48,7 +49,7 @@ def read_texts(model, tokenizer, texts: list[str], batch_size: int, autocast: Ca
             output = model(input_ids=input_ids, attention_mask=mask, output_hidden_states=True, use_cache=False)
         layers = output.hidden_states[len(output.hidden_states) // 2], output.hidden_states[-1]
         for number, row in enumerate(rows):
-            means = [layer[number, : len(row)].float().mean(0) for layer in layers]
+            means = [layer[number, len(lead) : len(row)].float().mean(0) for layer in layers]
             hidden.append(torch.cat(means).cpu().numpy())
             logits = output.logits[number, : len(row) - 1].float()
             nats = F.cross_entropy(logits, input_ids[number, 1 : len(row)], reduction="none").cpu().numpy()
@@ -89,10 +90,10 @@ class Familiarity:
             columns.append([np.log1p(count).mean() if len(count) else 0.0 for count in counts])
         near_words = [Counter()] * len(texts)
         if near and self.is_whole:
-            near_words = [Counter(split_words(text)) for text in self.tokenizer.batch_decode(near)]
+            near_words = [Counter(split_terms(text)) for text in self.tokenizer.batch_decode(near)]
         unknown = []
         for text, own in zip(texts, near_words, strict=True):
-            words = split_words(text)
+            words = split_terms(text)
             found = [w for w in words if self.words[w] <= own[w] and w not in self.general]
             unknown.append(len(found) / max(1, len(words)))
         return np.array([*columns, unknown]).T

@@ -7,23 +7,29 @@ import io
 import itertools
 import re
 import shutil
+import unicodedata
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub import EvalResult, ModelCardData, metadata_load
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from utils.evaluation.plots import draw_copying, draw_loss, draw_parts, render_svg
-from utils.evaluation.report import NAMES, Report, list_columns, list_scores
-from utils.storage import write_json, write_text
+from utils.evaluation.report import NAMES, Report, list_columns, list_quarters, list_scores
+from utils.storage import read_json, write_json, write_text
 
 PAGES = Path(__file__).parent / "pages"
 MIN_COLUMN, MAX_WIDTH = 28, 150  # characters of a column of text, of a terminal's line
 MIN_TABLE_WIDTH = 40
 SHOWN_REFERENCES = 2  # validation prompts that the terminal shows
+TERMS = ("language", "license", "license_name", "license_link")  # of a model card
+# Of a line, what Markdown would read as the start of a list, a heading's underline or a table's.
+BLOCK_START = re.compile(r"[-+=:]|\d+(?=[.)])")
 
 
 def write_report(folder: Path, samples: str, report: Report) -> None:
@@ -31,7 +37,7 @@ def write_report(folder: Path, samples: str, report: Report) -> None:
 
     The model card is written only into a run's folder: the README.md of another project stays.
     """
-    report = replace(report, card_metadata=describe_card(report))
+    report = replace(report, card_metadata=describe_card(report, read_json(folder / "config.json")["model_type"]))
     write_text(folder / "samples.jsonl", samples)
     write_json(folder / "report.json", report.to_dict())
     pages = {"report.html": "report.html", "report.md": "report.md"}
@@ -45,18 +51,37 @@ def write_report(folder: Path, samples: str, report: Report) -> None:
         write_text(folder / name, render_page(template, report))
 
 
-def describe_card(report: Report) -> str:
-    """Return the metadata at the head of a model card, as YAML for the hub."""
-    base, scores = report.settings["base_model"], report.scores.get("book", {}).get("finetuned", {})
+def describe_terms(base: Path, language: str | None, license_name: str | None) -> dict[str, Any]:
+    """Return language and license of a model: those given, else those that the model card in its base's folder names.
+
+    A license called other also has a license_name and a license_link. What is not known is left out.
+    """
+    known = {}
+    with suppress(Exception):  # no card, or not a card: YAML fails in many ways
+        known = metadata_load(base / "README.md") or {}
+    if license_name:
+        known = {"language": known.get("language"), "license": license_name}
+    known["language"] = language or known.get("language")
+    return {name: known[name] for name in TERMS if _is_text(known.get(name))}
+
+
+def _is_text(value: Any) -> bool:
+    """Say whether a value of a card is a text or a list of texts; YAML reads the code of Norwegian as false."""
+    return bool(value) and (isinstance(value, str) or (isinstance(value, list) and all(map(_is_text, value))))
+
+
+def describe_card(report: Report, model_type: str) -> str:
+    """Return the metadata at the head of a model card, as YAML for the hub; a local folder is no base_model there."""
+    settings, scores = report.settings, report.scores.get("book", {}).get("finetuned", {})
     results = [
         EvalResult("text-generation", "text", "validation text of the book", key.removeprefix("eval/"), round(value, 6))
         for key, value in scores.items()
     ]
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", base):  # the hub refuses a path as a name
-        base = Path(base).name
+    base = settings["base_model"]
     return ModelCardData(
-        library_name="transformers", pipeline_tag="text-generation", tags=["gpt2", "fine-tuned-on-a-book"],
-        base_model=base, model_name=Path(report.settings["finetuned_model"]).name, eval_results=results or None,
+        **{name: settings.get(name) for name in TERMS}, library_name="transformers", pipeline_tag="text-generation",
+        tags=[model_type, "fine-tuned-on-a-book"], base_model=None if Path(base).is_dir() else base,
+        model_name=Path(settings["finetuned_model"]).resolve().name, eval_results=results or None,
     ).to_yaml()  # fmt: skip
 
 
@@ -76,12 +101,12 @@ def render_terminal(report: Report, width: int | None = None) -> str:
     shown = [row for row in report.texts if not row["has_reference"]]
     shown += [row for row in report.texts if row["has_reference"]][:SHOWN_REFERENCES]
     for row in shown:
-        prompt = make_printable(row["prompt"]) or "(none)"
+        prompt = make_printable(row["prompt"].strip("\n")) or "(none)"
         console.print("", "=" * width, f"prompt: {prompt}", "=" * width, sep="\n")
         for texts in itertools.zip_longest(*row["columns"].values()):
             named = zip(row["columns"], texts, strict=True)
             plain = {name: "".join(piece["text"] for piece in text) for name, text in named if text is not None}
-            _print_texts(console, {NAMES[name]: make_printable(text) for name, text in plain.items()})
+            _print_texts(console, {NAMES[name]: make_printable(text.strip("\n")) for name, text in plain.items()})
     sentences = [*report.verdict, *(f"not measured: {reason}" for reason in report.missing)]
     console.print("", *map(make_printable, sentences), sep="\n")
     return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
@@ -114,8 +139,12 @@ def _print_texts(console: Console, texts: dict[str, str]) -> None:
 
 
 def make_printable(text: str) -> str:
-    """Replace control characters, which could command a terminal, and drop line feeds at both ends."""
-    return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text.strip("\n"))
+    """Replace control characters, which could command a terminal; the spaces and joiners of other scripts stay."""
+
+    def is_shown(c: str) -> bool:
+        return c.isprintable() or c in "\n\u200b\u200c\u200d" or unicodedata.category(c) == "Zs"
+
+    return "".join(c if is_shown(c) else "\ufffd" for c in text)
 
 
 def render_page(name: str, report: Report) -> str:
@@ -127,8 +156,9 @@ def render_page(name: str, report: Report) -> str:
     environment.filters |= {"quote": quote, "cell": lambda text: escape(str(text)).replace("\n", " ")}
     drawn = {"gap": draw_gap(report), "plots": draw_plots(report)} if name == "report.html" else {}
     return environment.get_template(name).render(
-        report=report, scores=list_scores(report), names=NAMES, headings=list_columns(report), **drawn
-    )
+        report=report, scores=list_scores(report), quarters=list_quarters(report), names=NAMES,
+        headings=list_columns(report), **drawn,
+    )  # fmt: skip
 
 
 def draw_gap(report: Report) -> str:
@@ -151,10 +181,26 @@ def draw_plots(report: Report) -> list[str]:
 
 
 def escape(text: str) -> str:
-    """Escape the characters that are markup in Markdown."""
-    return "".join(f"\\{c}" if c in "\\`*_{}[]<>#|~" else c for c in text)
+    """Escape the characters that are markup in Markdown, or in GitHub's dialect of it."""
+    return "".join(f"\\{c}" if c in "\\`*_{}[]<>#|~&$" else c for c in text)
 
 
 def quote(text: str) -> str:
-    """Quote a text for Markdown, line by line: "a\\nb" -> "> a  \\n> b  "."""
-    return "\n".join(f"> {line}  " if line else ">" for line in escape(text.strip("\n")).split("\n"))
+    """Quote a text for Markdown, line by line: "a\\n1. b" -> "> a  \\n> 1\\. b  ".
+
+    Every line is read as the text that it is, white space at its ends included. A control character becomes U+FFFD.
+    Source: parsed again by a CommonMark parser; tests/evaluation/test_report.py.
+    """
+    text = "".join("\ufffd" if unicodedata.category(c) == "Cc" and c not in "\t\n" else c for c in text.strip("\n"))
+    return "\n".join(f"> {_quote_line(line)}  " if line else ">" for line in text.split("\n"))
+
+
+def _quote_line(line: str) -> str:
+    inside = line.strip()
+    if not inside:
+        return "".join(f"&#{ord(c)};" for c in line)
+    start, escaped = line.index(inside), escape(inside)
+    if found := BLOCK_START.match(escaped):
+        escaped = f"{found[0]}\\{escaped[found.end() :]}" if found[0][0].isdigit() else f"\\{escaped}"
+    before, after = line[:start], line[start + len(inside) :]
+    return "".join(f"&#{ord(c)};" for c in before) + escaped + "".join(f"&#{ord(c)};" for c in after)

@@ -20,6 +20,8 @@ class Report:
     verdict: list[str] = field(default_factory=list)
     flags: dict[str, bool | None] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)  # a sentence for each measure that was not possible
+    unspaced: bool = False  # the script has no spaces between words
+    other_language: bool = False  # the general text is of another language than the book
     other_book: bool = False  # the data is of another book than the model
     settings: dict[str, Any] = field(default_factory=dict)
     books: list[dict] = field(default_factory=list)
@@ -35,6 +37,7 @@ class Report:
     copy_rate: dict[str, dict] | None = None  # by column, then n-gram length
     longest_copy: dict[str, dict] | None = None
     repetition: dict[str, dict] | None = None
+    by_quarter: dict[str, dict] | None = None  # by column: copying and repetition in each quarter of the texts
     lengths: dict[str, dict] | None = None
     counts: dict[str, dict] | None = None
     coverage: dict[str, dict] | None = None  # of the book's words by spans in the texts
@@ -60,6 +63,11 @@ class Report:
     quiz_intervals: list[list[float]] = field(default_factory=list)
     card_metadata: str = ""
 
+    @property
+    def said_of_unknown(self) -> str:
+        """What is said of unknown words."""
+        return "do not stand in the book" if self.other_language else "stand in neither book nor general text"
+
     def to_dict(self) -> dict[str, Any]:
         """Return the content of report.json."""
         return {"format": FORMAT} | {name: value for name, value in vars(self).items() if value is not None}
@@ -81,6 +89,17 @@ def list_scores(report: Report) -> list[dict[str, str]]:
         if any(cells.values()):
             rows.append({"label": label, "hint": hint, **cells})
     return rows
+
+
+def list_quarters(report: Report) -> list[dict[str, Any]]:
+    """Return copying and repetition by position as rows of label and one text per quarter."""
+    measures = {"copy_rate": "tokens in n-grams of 8+", "repeated_4grams": "repeated 4-grams"}
+    return [
+        {"label": f"{label}: {NAMES[name]}", "quarters": [f"{share:.1%}" for share in quarters[key]]}
+        for key, label in measures.items()
+        for name, quarters in (report.by_quarter or {}).items()
+        if None not in quarters[key]
+    ]
 
 
 def _list_figures(report: Report) -> list[tuple[str, str, str, dict[str, Any]]]:
@@ -120,7 +139,7 @@ def _list_figures(report: Report) -> list[tuple[str, str, str, dict[str, Any]]]:
         ("forgetting", "% more bits for general text", "", {"finetuned": report.forgetting}),
         ("Burrows' Delta", nearer, "", delta | pick(judged, "delta")),
         ("cosine Delta", nearer, "", cosine),
-        ("unknown words", "share; in neither book nor general text", "{:.2%}",
+        ("unknown words", f"share; {report.said_of_unknown}", "{:.2%}",
          (report.unknown_words or {}) | pick(judged, "unknown_words")),
         ("reader's AUC against the book", "0.5: cannot be told apart", "",
          (report.reader_auc or {}) | pick(judged, "reader_auc")),
@@ -133,7 +152,8 @@ def _list_figures(report: Report) -> list[tuple[str, str, str, dict[str, Any]]]:
         ("tokens in n-grams of 32+", found, "{:.2%}", pick(report.copy_rate, "32")),
         ("longest copied span", "tokens", "{:,}", pick(report.longest_copy, "tokens")),
         ("longest copied span, in words", "words", "{:,}", pick(report.coverage, "longest_words")),
-        ("book covered by the samples", "share of words, in spans of 5+", "{:.2%}", pick(report.coverage, "covered")),
+        ("book covered by the samples", f"share of words, in spans of {10 if report.unspaced else 5}+", "{:.2%}",
+         pick(report.coverage, "covered")),
         ("continued verbatim, training", "share of blocks", "{:.0%}", pick(train, "exact_match")),
         ("tokens before a difference, training", "mean", "{:.2f}", pick(train, "mean_matched")),
         ("extractable, training", MANY, "{:.0%}", pick(train, "extractable", MOST_SAMPLES)),

@@ -55,7 +55,7 @@ class BookMeasures:
             length: tokens per window, as in a sample.
             read: returns the reader's features of texts.
         """
-        words, general = stylometry.split_words(book), set(stylometry.split_words(control))
+        words, general = stylometry.split_terms(book), set(stylometry.split_terms(control))
         self.profile = stylometry.build_word_profile(book, control)
         self.known = general.union(words)
         self.familiarity = Familiarity(data.ids("train"), words, is_whole, general, tokenizer)
@@ -82,11 +82,11 @@ class BookMeasures:
                   for i, text in zip(chosen, texts, strict=True)]  # fmt: skip
         return [*self.read(texts), self.familiarity.measure(texts)], np.array(groups)
 
-    def measure(self, column: Column, n_texts: int, n_words: int) -> dict[str, Estimate]:
+    def measure(self, column: Column, n_texts: int, n_terms: int) -> dict[str, Estimate]:
         """Return delta, cosine_delta, unknown_words and reader_auc of a column."""
         seed = self.seed_of(column)
-        delta = stylometry.measure_delta(column.words, self.profile, n_words, seed)
-        unknown = stylometry.measure_unknown(column.words, self.known, seed)
+        delta = stylometry.measure_delta(column.terms, self.profile, n_terms, seed)
+        unknown = stylometry.measure_unknown(column.terms, self.known, seed)
         return delta | {"unknown_words": unknown, "reader_auc": self.measure_auc(column, n_texts)}
 
     def compare(self, column: Column, columns: dict[str, Column]) -> tuple[dict[str, dict], dict[str, dict]]:
@@ -95,7 +95,7 @@ class BookMeasures:
         A part whose gap from base to reference does not exceed its noise is left out.
         """
         beside = [*columns.values(), column]
-        size = min(len(c.texts) for c in beside), min(c.n_words for c in beside)
+        size = min(len(c.texts) for c in beside), min(c.n_terms for c in beside)
         own, shares = self.measure(column, *size), {}
         if "reference" in columns:
             base, reference = (self.measure(columns[name], *size) for name in ("base", "reference"))
@@ -113,7 +113,7 @@ def compare_style(book: BookMeasures, columns: dict[str, Column]) -> dict[str, A
     """Measure base, fine-tuned model and, if there is validation text, reference: fields of the report."""
     measured = {name: book.compare(column, columns) for name, column in columns.items()}
     fields: dict[str, Any] = {"intervals": {}, "words": stylometry.tabulate_words(
-        book.profile, {name: column.words for name, column in columns.items()})}  # fmt: skip
+        book.profile, {name: column.terms for name, column in columns.items()})}  # fmt: skip
     for key in measured["base"][0]:
         figures = {name: intervals[key] for name, (intervals, _) in measured.items()}
         fields[key] = {name: figure["value"] for name, figure in figures.items()}

@@ -9,15 +9,12 @@ import numpy as np
 import regex
 from sklearn.feature_extraction.text import CountVectorizer
 
+from utils.data.text import LETTER, MARKS, UNSPACED
 from utils.evaluation.bootstrap import Estimate, center, resample
 
-# Scripts without spaces between words: each letter with its marks counts as a word.
-SCRIPTS = ("Han", "Hiragana", "Katakana", "Thai", "Lao", "Khmer", "Myanmar")
-UNSPACED = "[" + "".join(rf"\p{{Script={name}}}" for name in SCRIPTS) + r"\u30fc]"  # the long vowel of both kana
 SPACED = rf"[\p{{L}}--{UNSPACED}]"
-MARKS = r"[\p{M}\u200c\u200d]*"  # the joiners of Persian and Hindi stand within words
 WORD = regex.compile(
-    rf"[\p{{L}}&&{UNSPACED}]{MARKS}|"
+    rf"{LETTER.pattern}|"
     rf"(?<![{SPACED}\p{{N}}]{MARKS})(?:{SPACED}{MARKS})+(?:['\u2019](?:{SPACED}{MARKS})+)*",
     regex.VERSION1,
 )
@@ -27,6 +24,8 @@ PARAGRAPH_END = regex.compile(r"\n(?:[^\S\n]*\n)+")
 # With fewer words, even the rates of the most frequent ones are mostly chance.
 MIN_WORDS = 1500
 N_FREQUENT = 150  # words that Delta counts
+# They make up half of other texts of their language, and a tenth at most of texts of another one.
+MIN_SHARED = 0.15
 WINDOW_WORDS = 500  # the book's own variation is measured between windows of this length
 N_SHOWN = 15
 SELECTIONS = 200
@@ -36,6 +35,32 @@ def split_words(text: str) -> list[str]:
     """Return the words of a text in lower case: "O'Neill, 14th" -> ["o'neill"]; of Chinese and the like, letters."""
     words = WORD.findall(unicodedata.normalize("NFC", text))
     return [word.lower().replace("\u2019", "'") for word in words]
+
+
+def split_terms(text: str) -> list[str]:
+    """Return what word profiles and spelling count: words; of Chinese and the like, letters and pairs of neighbors.
+
+    "\u6211\u6765\u4e86\u3002" -> ["\u6211", "\u6765", "\u6211\u6765", "\u4e86", "\u6765\u4e86"]
+    """
+    if not LETTER.search(text):
+        return split_words(text)
+    terms, last, end = [], "", -1
+    for match in WORD.finditer(unicodedata.normalize("NFC", text)):
+        [word], is_letter = split_words(match[0]), LETTER.match(match[0]) is not None
+        terms += [word, last + word] if is_letter and last and match.start() == end else [word]
+        last, end = word if is_letter else "", match.end()
+    return terms
+
+
+def is_unspaced(words: list[str]) -> bool:
+    """Return whether most words are letters of scripts without spaces between words."""
+    return sum(LETTER.match(word) is not None for word in words) > len(words) / 2
+
+
+def is_other_language(general: list[str], book: list[str]) -> bool:
+    """Return whether the most frequent words of a book are rare in general text."""
+    frequent = {word for word, _ in Counter(book).most_common(N_FREQUENT)}
+    return sum(word in frequent for word in general) < MIN_SHARED * len(general)
 
 
 @dataclass(frozen=True)
@@ -50,13 +75,13 @@ class WordProfile:
 
 def build_word_profile(book: str, control: str | None = None) -> WordProfile:
     """Build the profile of a training text, of two windows of words at least, and of general text."""
-    tokens = split_words(book)
+    tokens = split_terms(book)
     totals = Counter(tokens)
     frequent = sorted(totals, key=lambda word: (-totals[word], word))[:N_FREQUENT]
     windows = [tokens[i : i + WINDOW_WORDS] for i in range(0, len(tokens) - WINDOW_WORDS + 1, WINDOW_WORDS)]
     spread = count_words(windows, frequent).std(axis=0, ddof=1) / WINDOW_WORDS  # of counts: exactly 0 for no change
     words = [word for word, deviation in zip(frequent, spread, strict=True) if deviation > 0]
-    origin = word_rates([split_words(control)], words) if control and split_words(control) else None
+    origin = word_rates([split_terms(control)], words) if control and split_terms(control) else None
     return WordProfile(words, word_rates([tokens], words), spread[spread > 0], origin)
 
 

@@ -9,6 +9,7 @@ from utils.evaluation.style import PARTS, weakest
 FORGETS_LITTLE, FORGETS_MUCH = 1, 20  # percent more bits for general text
 MEMORIZES = 0.1  # of the training blocks continued verbatim
 LOOPS = 0.1  # of the samples
+DECAYS, MIN_QUARTER = 0.1, 500  # rise of a share from the first quarter of the samples to the last; tokens of a quarter
 SUPPORTS = 0.75  # of the gap from base to author, with the author inside the interval
 AMOUNTS = [
     (0.05, "Hardly any"),
@@ -18,6 +19,8 @@ AMOUNTS = [
     (0.9, "More than half"),
     (1, "Nearly all"),
 ]
+UNSPACED = ("The script has no spaces between words: words are characters and pairs of neighboring characters; lengths "
+            "and copies count characters.")  # fmt: skip
 FAULTS = {"copies": "it copies", "memorized": "it recites", "forgot": "it forgot much"}
 
 
@@ -31,14 +34,19 @@ def judge(report: Report) -> Report:
     }
     flags = {name: flag for name, (_, flag) in judged.items()}
     gain, *others = [sentence for sentence, _ in judged.values()]
-    faults = [fault for name, fault in FAULTS.items() if flags[name]]
+    faults = [fault for name, fault in FAULTS.items()
+              if flags[name] and not (name == "forgot" and report.other_language)]  # fmt: skip
     if flags["learned_the_book"] is False:
         faults.append("its gain on unseen pages does not show it")
-    headline, writes = describe_gap((report.parts or {}).get("finetuned", {}), faults, *_unknown(report), report.reader)
+    headline, writes = describe_gap((report.parts or {}).get("finetuned", {}), faults, *_unknown(report), report.reader,
+                                    report.said_of_unknown)  # fmt: skip
     opening = [gain, headline] if flags["learned_the_book"] is False else [headline, gain]
     if report.other_book:
         opening.insert(0, "A control: the validation text is of another book than the model was trained on.")
     closing = []
+    decay, decays = _judge_decay(report)
+    if decays:
+        closing.append(decay)
     loops = (report.repetition or {}).get("finetuned", {}).get("loops") or 0
     if loops >= LOOPS:
         closing.append(f"{loops:.0%} of its samples end in a loop; a higher --temperature helps.")
@@ -50,6 +58,7 @@ def judge(report: Report) -> Report:
     closing += [f"{name}: {figures['verdict']}" for name, figures in texts.items()]
     sentences = [
         *opening,
+        UNSPACED if report.unspaced else None,
         _describe_words(report),
         _describe_spelling(report),
         _describe_sense(report),
@@ -57,7 +66,7 @@ def judge(report: Report) -> Report:
         *closing,
     ]
     return replace(report, verdict=[sentence for sentence in sentences if sentence], judged=texts,
-                   flags=flags | {"writes_like_the_book": writes})  # fmt: skip
+                   flags=flags | {"decays": decays, "writes_like_the_book": writes})  # fmt: skip
 
 
 def supports(share: dict[str, float]) -> bool:
@@ -66,7 +75,12 @@ def supports(share: dict[str, float]) -> bool:
 
 
 def describe_gap(
-    shares: dict[str, dict], faults: list[str], unknown: float | None, author_unknown: float | None, reader: str | None
+    shares: dict[str, dict],
+    faults: list[str],
+    unknown: float | None,
+    author_unknown: float | None,
+    reader: str | None,
+    said_of_unknown: str = "stand in neither book nor general text",
 ) -> tuple[str | None, bool | None]:
     """Say how far the weakest part has come, and return whether all parts support "writes like the book".
 
@@ -75,6 +89,7 @@ def describe_gap(
         faults: what else speaks against it.
         unknown: share of words that nobody wrote; author_unknown: the author's.
         reader: name of the model that measured the sense.
+        said_of_unknown: Report.said_of_unknown.
     """
     if not shares:
         return None, None
@@ -95,9 +110,7 @@ def describe_gap(
     else:
         clauses = [f"it does not have the book's {missing}"]
     if "spelling" in lacks:
-        clauses.append(
-            f"{unknown:.1%} of its words (the author: {author_unknown:.1%}) stand in neither book nor general text"
-        )
+        clauses.append(f"{unknown:.1%} of its words (the author: {author_unknown:.1%}) {said_of_unknown}")
     if faults:
         clauses.append(f"but {_join(faults)}")
     amount = next(words for bound, words in AMOUNTS if closed["value"] <= bound)
@@ -116,7 +129,8 @@ def _judge_text(report: Report, figures: dict) -> dict:
     copies = None if rate is None else rate > _copy_limit(report)
     faults = [f"{rate:.1%} of its tokens are copied"] if copies else []
     unknown, author_unknown = figures.get("unknown_words"), _unknown(report)[1]
-    sentence, writes = describe_gap(figures.get("parts") or {}, faults, unknown, author_unknown, report.reader)
+    sentence, writes = describe_gap(figures.get("parts") or {}, faults, unknown, author_unknown, report.reader,
+                                    report.said_of_unknown)  # fmt: skip
     if sentence is None:
         sentence = f"Not judged: {figures['missing']}." if figures.get("missing") else "No part could be measured."
         sentence = f"It copies: {faults[0]}. {sentence}" if copies else sentence
@@ -151,7 +165,7 @@ def _describe_words(report: Report) -> str | None:
 def _describe_spelling(report: Report) -> str | None:
     if report.unknown_words is None:
         return None
-    return (f"Spelling: the share of words that stand in neither book nor general text is "
+    return (f"Spelling: the share of words that {report.said_of_unknown} is "
             f"{_enumerate(report.unknown_words, '{:.1%}')}{_describe_share(report, 'spelling')}.")  # fmt: skip
 
 
@@ -224,7 +238,24 @@ def _judge_forgetting(report: Report) -> tuple[str | None, bool | None]:
     amount = ("nothing" if percent <= 0 else "hardly anything" if percent < FORGETS_LITTLE
               else "little" if percent < FORGETS_MUCH else "much")  # fmt: skip
     change = f"{abs(percent):.1f}% {'more' if percent >= 0 else 'fewer'} bits than before"
-    return f"It forgot {amount}: general text costs {change}.", percent >= FORGETS_MUCH
+    language = ", which is of another language than the book," if report.other_language else ""
+    return f"It forgot {amount}: general text{language} costs {change}.", percent >= FORGETS_MUCH
+
+
+def _judge_decay(report: Report) -> tuple[str, bool | None]:
+    """Compare the last quarter of the samples with the first; what the author's own rises by does not count."""
+    columns = report.by_quarter or {}
+    if "finetuned" not in columns or min(columns["finetuned"]["tokens"]) < MIN_QUARTER:
+        return "", None
+    clauses = []
+    for key, what in (("repeated_4grams", "repeated 4-grams"), ("copy_rate", "copied tokens")):
+        ends = {name: (column[key][0], column[key][-1]) for name, column in columns.items() if None not in column[key]}
+        first, last = ends.get("finetuned", (0.0, 0.0))
+        author_first, author_last = ends.get("reference", (0.0, 0.0))
+        if last - first - max(0.0, author_last - author_first) >= DECAYS:
+            author = f" (author {author_first:.1%} to {author_last:.1%})" if "reference" in ends else ""
+            clauses.append(f"{what} rise from {first:.1%} to {last:.1%}{author}")
+    return f"It decays from the first quarter of its samples to the last: {_join(clauses)}.", bool(clauses)
 
 
 def _join(names: list[str], word: str = "and") -> str:

@@ -15,7 +15,7 @@ from utils.errors import EXIT_MACHINE, UserError, machine_reason, warn
 from utils.storage import hash_file, hash_files, read_json
 
 EMBEDDED_BASE = "results/base_model"
-FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
+FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "README.md"]
 MAX_LAYERS = 10_000
 ANSWER_SECONDS = 4
 # A download of less than this many bytes in so many seconds is given up.
@@ -163,5 +163,5 @@ def read_config(path: Path, what: str = "model") -> dict:
 
 def position_limit(config: dict) -> int | None:
     """Return a model's context length in tokens, or None when it is not fixed."""
-    values = map(config.get, ("n_positions", "max_position_embeddings", "n_ctx"))
+    values = map(config.get, ("n_positions", "max_position_embeddings", "max_seq_len", "n_ctx"))
     return next((value for value in values if isinstance(value, int)), None)

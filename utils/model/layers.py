@@ -48,6 +48,8 @@ def fast_dropout(values: torch.Tensor, rate: float) -> torch.Tensor:
     n_dropped = round(rate * 2**16)  # of the 2 ** 16 values that 16 bits have
     if not n_dropped:
         return values
+    if n_dropped == 2**16:  # 16 bits cannot keep less than one in 2 ** 16
+        return torch.nn.functional.dropout(values, rate)
     drawn = torch.empty(-(-values.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
     kept = drawn.view(torch.int16)[: values.numel()].view(values.shape) >= n_dropped - 2**15
     return values * (kept.to(values.dtype) * (2**16 / (2**16 - n_dropped)))
@@ -57,20 +59,23 @@ def fast_dropout_attention(module, query, key, value, attention_mask, dropout=0.
     """Compute transformers' sdpa attention with fast_dropout; PyTorch's sdpa with dropout is slow on a CPU.
 
     Args:
-        query, key, value: (B, H, T, D).
-        attention_mask: None for causal attention; any other is left to sdpa.
+        query, key: (B, H, T, D).
+        value: (B, H, T, V).
+        attention_mask: None for causal attention; any other, a position bias and grouped keys are left to sdpa.
     Returns:
-        (B, T, H, D), and None in place of the attention weights.
+        (B, T, H, V), and None in place of the attention weights.
     """
-    causal = attention_mask is None and getattr(module, "is_causal", False) and query.shape == key.shape
-    if not dropout or not causal:
+    is_causal = options.get("is_causal")
+    is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    is_plain = attention_mask is None and options.get("position_bias") is None and query.shape == key.shape
+    if not (dropout and is_causal and is_plain):
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, **options)
     n_tokens, width = query.shape[2:]
-    q, k, v = (part.reshape(-1, n_tokens, width) for part in (query, key, value))
+    q, k, v = (part.reshape(-1, n_tokens, part.shape[-1]) for part in (query, key, value))
     future = torch.full((n_tokens, n_tokens), -torch.inf, dtype=q.dtype).triu(1)
     scores = torch.baddbmm(future, q, k.transpose(1, 2), alpha=options.get("scaling") or width**-0.5)
     output = torch.bmm(fast_dropout(scores.softmax(-1), dropout), v)
-    return output.view(query.shape).transpose(1, 2).contiguous(), None
+    return output.view(value.shape).transpose(1, 2).contiguous(), None
 
 
 # A name of its own: under "sdpa" it would replace the attention of every model in the process.
@@ -83,21 +88,22 @@ def next_token_loss(logits: torch.Tensor, labels: torch.Tensor, vocab_size: int,
 
     Args:
         logits: (B, T, V), of any float type.
-        labels: (B, T) input_ids, unshifted.
+        labels: (B, T) input_ids, unshifted; a negative one is no target.
     Source: equals a log-softmax/gather scorer to 1e-5; tests/model/test_layers.py.
     """
     targets = pad(labels, (0, 1), value=-1)[:, 1:].reshape(-1)
-    return _NextTokenLoss.apply(logits.view(-1, vocab_size), targets, labels[:, 1:].numel())
+    return _NextTokenLoss.apply(logits.view(-1, vocab_size), targets)
 
 
 class _NextTokenLoss(torch.autograd.Function):
     """Compute the gradient along with the loss, so that float32 logits exist for a few rows at a time only."""
 
     @staticmethod
-    def forward(ctx, logits: torch.Tensor, targets: torch.Tensor, n_targets: int) -> torch.Tensor:
+    def forward(ctx, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         rows = CPU_ROWS if logits.device.type == "cpu" else GPU_ROWS
         gradient = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
         loss_sum = torch.zeros((), device=logits.device)
+        n_targets = (targets >= 0).sum()
         # One buffer for all rows: the system fills newly allocated memory with zeros each time.
         buffer = torch.empty(min(rows, len(logits)), logits.shape[1], device=logits.device)
         for start in range(0, len(logits), rows):
@@ -117,4 +123,5 @@ class _NextTokenLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, outer: torch.Tensor):
         (gradient,) = ctx.saved_tensors
-        return gradient.mul_(outer.to(gradient.dtype)), None, None
+        # In place, since it is as large as the logits; autograd refuses a second backward pass over what was changed.
+        return gradient.mul_(outer), None

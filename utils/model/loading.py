@@ -1,21 +1,27 @@
-"""Check and load a causal language model, or create a new one; choose device and dtype."""
+"""Load a causal language model or create a new one; set its dropout; choose device and dtype."""
 
 import contextlib
-import json
-import math
 import os
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
 from transformers.utils import logging
 
 from utils.data.tokenizer import load_tokenizer
 from utils.errors import EXIT_DIVERGED, UserError
+from utils.model.checks import (
+    check_causal,
+    find_learned,
+    read_shapes,
+    refuse_misfit,
+    refuse_noncausal,
+    refuse_without_dropout,
+)
 from utils.model.hub import position_limit, read_config
-from utils.storage import MANIFEST, read_json, verify_folder
+from utils.storage import MANIFEST, verify_folder
 
 # The scripts print what a user needs: the settings, and an error when tensors are missing.
 logging.set_verbosity_error()
@@ -24,15 +30,20 @@ logging.disable_progress_bar()
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def load_model(folder: Path, empty: bool = False):
-    """Load a causal language model in float32, in eval mode, on the CPU; `empty`: without the values of its weights.
+def load_model(folder: Path, dropout: float | None = None, empty: bool = False):
+    """Load a causal language model in float32, in eval mode, on the CPU.
 
+    Args:
+        dropout: the rate of all its dropout; None for the rates of its config.
+        empty: leave out the values of its weights.
     Raises:
         UserError: missing or damaged files, missing or extra tensors, NaN or infinity, another kind of model.
     """
     if not folder.is_dir():
         raise UserError(f"model: {folder}: no such directory")
     config = check_causal(read_config(folder / "config.json"), str(folder))
+    if dropout is not None:
+        set_dropout(config, dropout)
     refuse_misfit(folder, config, read_shapes(folder))
     if empty:
         return build_empty(config)
@@ -41,8 +52,8 @@ def load_model(folder: Path, empty: bool = False):
             folder, config=config, dtype=torch.float32, output_loading_info=True,
             use_safetensors=True, local_files_only=True, trust_remote_code=False)  # fmt: skip
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"model: {folder} cannot be loaded: {error}") from None
-    missing, extra = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
+        raise UserError(f"model: {folder} cannot be loaded: {error}") from error
+    missing, extra = sorted(info["missing_keys"]), find_learned(folder, info["unexpected_keys"])
     if missing:
         raise UserError(f"model: {folder} lacks {len(missing)} tensors, first {missing[0]}")
     if extra:
@@ -52,6 +63,8 @@ def load_model(folder: Path, empty: bool = False):
         raise UserError(f"model: {folder}: {bad} has a value that is not a number")
     # Only the flags decide how to decode: a generation_config.json beside the model would add to them.
     model.generation_config = GenerationConfig.from_model_config(model.config)
+    refuse_noncausal(model, str(folder))
+    refuse_without_dropout(model, dropout)
     return model.eval()
 
 
@@ -64,94 +77,18 @@ def build_empty(config):
     return model.eval()
 
 
-def read_shapes(folder: Path) -> dict[str, list[int]]:
-    """Read the names and shapes of a folder's tensors from the headers of its safetensors files."""
-    shapes, paths, index = {}, sorted(folder.glob("model*.safetensors")), folder / "model.safetensors.index.json"
-    if index.is_file() and folder / "model.safetensors" not in paths:
-        listed = read_json(index, "model: ").get("weight_map")
-        if not isinstance(listed, dict) or not {*map(str, listed.values())} <= {path.name for path in paths}:
-            raise UserError(f"model: {index} names files that are not in {folder}")
-    for path in paths:
-        if not path.is_file():  # a dangling link
-            raise UserError(f"model: {path} is not a file")
-        try:
-            with safe_open(path, framework="pt") as file:
-                shapes |= {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise UserError(f"model: {path} is damaged ({_compare_sizes(path)}): {error}") from None
-    if not shapes and list(folder.glob("*.bin")):
-        raise UserError(f"model: {folder} has only a pickle file; convert it to safetensors")
-    if not shapes:
-        raise UserError(f"model: {folder} has no model.safetensors")
-    return shapes
-
-
-def _compare_sizes(path: Path) -> str:
-    size = path.stat().st_size
-    try:
-        with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            tensors = json.loads(file.read(min(length, size)))
-        tensors.pop("__metadata__", None)
-        return f"{size} bytes, header needs {8 + length + max(entry['data_offsets'][1] for entry in tensors.values())}"
-    except Exception:  # a damaged header can be any JSON, or none
-        return f"{size} bytes without a readable header"
-
-
-def refuse_misfit(folder: Path, config, shapes: dict[str, list[int]]) -> None:
-    """Compare a config with the tensors of the folder before it is given memory: it could ask for all there is."""
-    n_layers = getattr(config, "num_hidden_layers", 1)
-    if n_layers > max(len(shapes), 200):  # even layers without memory take time to create
-        raise UserError(f"model: {folder}: config.json says {n_layers} layers, the weights have {len(shapes)} tensors")
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
-    except Exception as error:  # each model family fails in its own way
-        raise UserError(f"model: {folder}: config.json does not fit: {error}") from None
-    lacking = []
-    for name, parameter in model.named_parameters():
-        # The hub's gpt2 names its tensors without the prefix.
-        shape = shapes.get(name, shapes.get(name.removeprefix(f"{model.base_model_prefix}.")))
-        if shape is None:
-            lacking.append(name)
-        elif shape and shape != list(parameter.shape):
-            sizes = ("x".join(map(str, size)) for size in (shape, parameter.shape))
-            raise UserError(f"model: {folder}: {name} is {', config.json says '.join(sizes)}")
-    if lacking and count_parameters(model) > sum(map(math.prod, shapes.values())):
-        raise UserError(f"model: {folder} lacks {len(lacking)} tensors, first {lacking[0]}; "
-                        f"config.json says {config.model_type}")  # fmt: skip
-
-
-def check_causal(config: dict, source: str):
-    """Turn the fields of a config.json into a transformers config; refuse all but causal language models."""
-    kind = config.get("model_type")
-    if "auto_map" in config:
-        raise UserError(f"model: {source} wants to run its own code; refused")
-    encoder = kind in ("bert", "roberta", "xlm-roberta", "electra", "camembert")
-    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or encoder or config.get("is_encoder_decoder"):
-        raise UserError(f"model: {source} is {kind}, not a causal language model")
-    for key in ("n_layer", "n_embd", "n_head", "n_positions", "vocab_size", "num_hidden_layers"):
-        value = config.get(key, 1)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise UserError(f"model: {source}: config.json: {key} must be a whole number from 1, not {value!r}")
-    if config.get("n_embd", 0) % config.get("n_head", 1):
-        raise UserError(f"model: {source}: n_embd {config['n_embd']} is not divisible by n_head {config['n_head']}")
-    # These would change the form of the model's output, from which the loss is read.
-    left_out = ("model_type", "return_dict", "use_return_dict", "output_attentions", "output_hidden_states")
-    fields = {key: value for key, value in config.items() if key not in left_out}
-    try:
-        return AutoConfig.for_model(kind, **fields)
-    except Exception as error:  # each model family validates in its own way
-        raise UserError(f"model: {source}: config.json does not fit: {error}") from None
-
-
-def new_model(config_path: Path, tokenizer, seed: int):
+def new_model(config_path: Path, tokenizer, seed: int, dropout: float | None = None):
     """Create a model with random weights from a JSON file of config fields and the size of a tokenizer."""
     fields = read_config(config_path, "--from-scratch") | {"vocab_size": len(tokenizer)}
     fields |= dict.fromkeys(("bos_token_id", "eos_token_id"), tokenizer.eos_token_id)
     config = check_causal(fields, str(config_path))
+    if dropout is not None:
+        set_dropout(config, dropout)
     torch.manual_seed(seed)
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    refuse_noncausal(model.eval(), str(config_path))
+    refuse_without_dropout(model, dropout)
+    return model
 
 
 def check_fit(model, data) -> None:
@@ -164,17 +101,14 @@ def check_fit(model, data) -> None:
             raise UserError(f"data has token id {token_id}; the model knows 0 to {rows - 1}")
 
 
-def set_dropout(model, rate: float) -> None:
-    """Set every dropout rate of a model, in its modules and in its config."""
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = rate
-        for name in ("attention_dropout", "attn_dropout_rate"):
-            if isinstance(getattr(module, name, None), float):
-                setattr(module, name, rate)
-    for key, value in model.config.to_dict().items():
-        if ("dropout" in key or key.endswith("_pdrop")) and isinstance(value, float):
-            setattr(model.config, key, rate)
+def set_dropout(config: PreTrainedConfig, rate: float) -> None:
+    """Set every dropout rate of a config, before the model is built: many families copy the rates into their layers."""
+    for name, value in list(vars(config).items()):
+        if isinstance(value, PreTrainedConfig):
+            set_dropout(value, rate)
+        elif ("dropout" in name or name.endswith("pdrop")) and isinstance(value, int | float) and value != rate:
+            with contextlib.suppress(StrictDataclassError):  # MPT allows whole numbers only
+                setattr(config, name, rate)
 
 
 def own_part(tensor: torch.Tensor) -> torch.Tensor:
@@ -254,12 +188,12 @@ def autocast(device: torch.device, dtype: str):
     return torch.autocast(device.type, torch.bfloat16) if dtype == "bf16" else contextlib.nullcontext()
 
 
-def load_pair(folder: Path, verified: bool = False, empty: bool = False):
+def load_pair(folder: Path, verified: bool = False, dropout: float | None = None, empty: bool = False):
     """Load a folder's model and tokenizer, and check that they fit each other and, unless `verified`, the manifest."""
     problem = None if verified or not (folder / MANIFEST).is_file() else verify_folder(folder)
     if problem:
         raise UserError(f"model: {problem}")
-    model, tokenizer = load_model(folder, empty), load_tokenizer(folder)
+    model, tokenizer = load_model(folder, dropout, empty), load_tokenizer(folder)
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
         raise UserError(f"tokenizer has {len(tokenizer)} ids, the model {rows}")

@@ -7,7 +7,8 @@ that save and restore; process 0 writes and reads.
 import copy
 import platform
 import re
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -86,7 +87,7 @@ def save_checkpoint(output_dir: Path, model, tokenizer, optimizer, state: TrainS
     with publishing as partial:
         _save_weights(parallel.gather_model(model), tokenizer, partial)
         save_optimizer(model, optimizer, partial and partial / OPTIMIZER)
-        save_random_state(partial and partial / RANDOM)
+        save_random_state(partial and partial / RANDOM, model.device)
         if partial:
             write_json(partial / STATE, asdict(state))
     if parallel.is_main():
@@ -240,26 +241,47 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
         raise UserError(f"{path} is damaged: {error}") from None
 
 
-def save_random_state(path: Path | None) -> None:
+def get_random_state(device: torch.device) -> dict[str, torch.Tensor]:
+    """Return the states of the generators from which a run on `device` draws: the CPU's and the device's own."""
+    states = {"cpu": torch.get_rng_state()}
+    if device.type != "cpu":
+        states[device.type] = torch.get_device_module(device).get_rng_state(device)
+    return states
+
+
+def set_random_state(states: dict[str, torch.Tensor], device: torch.device) -> None:
+    """Set the generators to the output of get_random_state; a state of another type of device is left out."""
+    torch.set_rng_state(states["cpu"])
+    if device.type != "cpu" and device.type in states:
+        torch.get_device_module(device).set_rng_state(states[device.type], device)
+
+
+@contextmanager
+def keep_random_state(device: torch.device) -> Iterator[None]:
+    """Restore the generators of the CPU and of `device`, and no others, when the context ends."""
+    states = get_random_state(device)
+    try:
+        yield
+    finally:
+        set_random_state(states, device)
+
+
+def save_random_state(path: Path | None, device: torch.device) -> None:
     """Write the states of torch's generators, from which dropout draws, of all processes."""
-    own = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        own["cuda"] = torch.cuda.get_rng_state()
     states = {}
-    for kind, state in own.items():
+    for kind, state in get_random_state(device).items():
         for number, row in enumerate(parallel.gather_rows(state[None])):
             states[f"{kind}.{number}" if number else kind] = row[0].clone()
     if path:
         save_file(states, path)
 
 
-def restore_random_state(path: Path) -> None:
+def restore_random_state(path: Path, device: torch.device) -> None:
     """Restore torch's generators from save_random_state's file; UserError for a state of another size."""
-    states, expected, number = read_tensors(path), len(torch.get_rng_state()), parallel.rank()
+    states, expected = read_tensors(path), len(torch.get_rng_state())
     if "cpu" not in states or len(states["cpu"]) != expected:
         raise UserError(f"{path}: {len(states.get('cpu', []))} bytes, expected {expected}")
-    own = {kind: states.get(f"{kind}.{number}" if number else kind) for kind in ("cpu", "cuda")}
+    number = parallel.rank()
+    own = {kind: states.get(f"{kind}.{number}" if number else kind) for kind in ("cpu", device.type)}
     if own["cpu"] is not None:  # there were as many processes
-        torch.set_rng_state(own["cpu"])
-    if own["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(own["cuda"])
+        set_random_state({kind: state for kind, state in own.items() if state is not None}, device)

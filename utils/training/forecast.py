@@ -21,7 +21,7 @@ from utils.errors import warn
 from utils.evaluation.generation import Decoding, generate_ids
 from utils.model.loading import own_part
 from utils.training import parallel
-from utils.training.checkpoint import checkpoint_bytes
+from utils.training.checkpoint import checkpoint_bytes, keep_random_state
 from utils.training.optim import clip_gradients, set_lr
 from utils.training.setup import TrainingSetup
 
@@ -30,8 +30,9 @@ ENOUGH_TOKENS = {"cpu": 2048}
 ENOUGH_TOKENS_ELSEWHERE = 16_384
 USABLE = 0.8  # share of the free memory; other programs need some too
 TEMPORARY = 1.25  # memory of a backward pass, as a multiple of the activations kept for it
-CALIBRATION_STEPS = 3
-# A long run is measured for longer than three steps, up to this share of it and this many seconds.
+# The first step allocates the gradients, whose memory AdamW's averages then take: the second allocates them again.
+WARM_UP_STEPS, CALIBRATION_STEPS = 2, 4
+# A long run is measured for longer than four steps, up to this share of it and this many seconds.
 CALIBRATION_SHARE, CALIBRATION_SECONDS = 0.01, 10
 CALIBRATION_TOKENS = 8
 SAVED_BYTES_PER_SECOND = 6e8  # written, hashed and synced on a solid-state disk; measured
@@ -68,6 +69,8 @@ def free_bytes(device: torch.device) -> int:
     """Return the memory available: of a GPU, else of the machine or of the container, whichever is less."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
     free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
     meminfo, group = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
     if meminfo.is_file():
@@ -83,9 +86,11 @@ def _read_numbers(path: Path) -> dict[str, int]:
 
 
 def peak_bytes(device: torch.device) -> int:
-    """Return the peak memory of this process: on a GPU allocated there, else resident."""
+    """Return the peak memory of this process: allocated on a GPU, else resident."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory()  # freed memory stays in its pools
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
@@ -114,7 +119,7 @@ def choose_micro_batch(
     """
     enough = max(1, ENOUGH_TOKENS.get(model.device.type, ENOUGH_TOKENS_ELSEWHERE) // data.block_size)
     blocks = data.train[:2]["input_ids"].to(model.device)
-    with torch.random.fork_rng():
+    with keep_random_state(model.device):
         one, both = (count_activations(model, part, autocast) for part in (blocks[:1], blocks))
     per_block = max(both - one, 1) if len(blocks) == 2 else one  # weights in bf16 are kept in both
     training = 4 * checkpoint_bytes(model) // 3 // parallel.size()  # gradients, averages, weights in bf16, a margin
@@ -132,13 +137,15 @@ def read_clock(device: torch.device) -> float:
     """Return the time in seconds, once the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+    if device.type == "mps":
+        torch.mps.synchronize()
     return time.perf_counter()
 
 
 def forecast_run(
     setup: TrainingSetup, model, optimizer, data: Blocks, first_step: int, forward_backward: Callable
 ) -> Forecast:
-    """Measure three steps or more, an evaluation and some tokens; model, optimizer and RNG state stay as they are.
+    """Measure four steps or more, an evaluation and some tokens; model, optimizer and RNG state stay as they are.
 
     Args:
         optimizer: of the run, before its state is restored.
@@ -146,7 +153,7 @@ def forecast_run(
         forward_backward: the loop's function of model, input_ids and number of blocks.
     """
     n_left = setup.max_steps - first_step
-    with torch.random.fork_rng():
+    with keep_random_state(setup.device):
         block_seconds, step_seconds = time_steps(setup, model, optimizer, data, forward_backward, n_left)
         evaluating = time_evaluation(setup, model, data)
     blocks_left = sum(len(batch) for batch in setup.order.batches(first_step, setup.max_steps))
@@ -161,7 +168,7 @@ def forecast_run(
     seconds += n_evaluations * (evaluating + saving / 3) + n_saves * saving
     seconds += evaluating * (first_step == 0)  # the base model is not saved
     disk = checkpoint_bytes(model) * (min(n_saves, setup.keep_checkpoints + 1) + 1 / 3)
-    peak = peak_bytes(setup.device) + (0 if setup.device.type == "cuda" else LATER_BYTES)
+    peak = peak_bytes(setup.device) + (LATER_BYTES if setup.device.type == "cpu" else 0)
     return Forecast(seconds, peak, int(disk), n_left, blocks_left / len(data.train), parallel.from_main(save_every))
 
 
@@ -178,7 +185,7 @@ def time_steps(setup: TrainingSetup, model, optimizer, data, forward_backward, n
     blocks = data.train[: setup.micro_batch_size]["input_ids"].to(model.device)
     passes, rests, n_micro_batches = [], [], n_left * setup.order.blocks_per_step / len(blocks)
     while len(passes) < CALIBRATION_STEPS or parallel.from_main(
-        sum(passes[1:]) < min(CALIBRATION_SHARE * passes[-1] * n_micro_batches, CALIBRATION_SECONDS)
+        sum(passes[WARM_UP_STEPS:]) < min(CALIBRATION_SHARE * passes[-1] * n_micro_batches, CALIBRATION_SECONDS)
     ):
         started = read_clock(setup.device)
         with setup.autocast():
@@ -191,8 +198,7 @@ def time_steps(setup: TrainingSetup, model, optimizer, data, forward_backward, n
         passes.append(passed - started)
         rests.append(read_clock(setup.device) - passed)
     optimizer.state.clear()
-    # The first step allocates memory for all others and is left out.
-    return mean(passes[1:]) / len(blocks), mean(rests[1:])
+    return mean(passes[WARM_UP_STEPS:]) / len(blocks), mean(rests[WARM_UP_STEPS:])
 
 
 def time_evaluation(setup: TrainingSetup, model, data: Blocks) -> float:

@@ -1,0 +1,153 @@
+"""Openings from a pipe and from a terminal."""
+
+import io
+import os
+import pty
+import re
+import select
+import signal
+import struct
+import sys
+import termios
+import time
+from fcntl import ioctl
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+from rich.text import Text
+
+from utils.data.tokenizer import load_tokenizer
+from utils.evaluation.interactive import arrange, converse, mark_copied
+from utils.evaluation.ngrams import NgramIndex, mark_overlap
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_model):
+    return load_tokenizer(tiny_model)
+
+
+def test_copied_spans_are_in_brackets(tokenizer):
+    def encode(text):
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    book, text = encode("Ada went to the mill and mended a net."), "Ada went to the mill and\x1b[2J mended a net"
+    ids, index = encode(text), NgramIndex(np.array(book), 3)
+    marked = mark_copied(ids, index, tokenizer)
+    assert marked.plain == "[Ada went to the mill and]\ufffd[2J [mended a net]"
+    assert [marked.plain[span.start : span.end] for span in marked.spans] == [
+        "[Ada went to the mill and]",
+        "[mended a net]",
+    ]
+    assert mark_copied(ids, None, tokenizer).plain == text.replace("\x1b", "\ufffd")
+
+
+def test_an_index_marks_as_a_scan_does():
+    rng = np.random.default_rng(1)
+    train = rng.integers(0, 5, 300)
+    for size in (0, 3, 4, 200):
+        text = np.concatenate([rng.integers(0, 5, size), train[-4:]])
+        assert (NgramIndex(train, 4).mark(text) == mark_overlap([text], train, 4)[0]).all()
+    assert not NgramIndex(train[:3], 4).mark(train).any()
+    assert NgramIndex(train, 4).following(np.array([9, 9, 9, 9])).size == 0
+
+
+@pytest.mark.parametrize("width", [80, 50, 30])
+def test_texts_fit_the_terminal(width):
+    """Side by side in 80 columns, below each other in 50; while they grow, their ends fit the screen."""
+    console = Console(file=io.StringIO(), width=width, height=12, force_terminal=False)
+    texts = {
+        name: Text("\n".join(f"{name} writes line {n} of its text" for n in range(40)))
+        for name in ("base", "finetuned")
+    }
+    console.print(arrange(texts, console, True))
+    lines = console.file.getvalue().splitlines()
+    assert len(lines) <= 12
+    assert max(map(len, lines)) <= width
+    assert sum("line 39" in line for line in lines) == (1 if width == 80 else 2)
+    assert "line 0 " not in console.file.getvalue()
+    console.print(arrange(texts, console, False))
+    assert console.file.getvalue().count("line 0 ") == 2
+
+
+def test_openings_from_a_pipe(tokenizer, monkeypatch, capsys):
+    """Each is continued by both models with one seed; one that is refused is named, and the next is read."""
+    calls = []
+
+    def generate(name, ids, seed, watch):
+        calls.append((name, tokenizer.decode(ids), seed))
+        new = tokenizer(f" wrote {name}", add_special_tokens=False)["input_ids"]
+        assert not watch([new[:1]])
+        return [new]
+
+    def encode(text):
+        return tokenizer(text, add_special_tokens=False)["input_ids"] or [0]
+
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Ada went\n\nBram"))
+    handler = signal.getsignal(signal.SIGINT)
+    converse(["base", "finetuned"], encode, generate, tokenizer, None, 7)
+    assert signal.getsignal(signal.SIGINT) is handler
+    openings = [("Ada went", 7), ("<|endoftext|>", 8), ("Bram", 9)]
+    assert calls == [(name, text, seed) for text, seed in openings for name in ("base", "finetuned")]
+    out = capsys.readouterr().out
+    assert "opening: Ada went\n[base model]\n wrote base\n[fine-tuned model]\n wrote finetuned\n" in out
+    assert "not marked: there is no prepared data" in out
+
+
+class Terminal:
+    """A program in a pseudo-terminal of 80 columns."""
+
+    def __init__(self, *command):
+        self.seen = ""
+        self.pid, self.descriptor = pty.fork()
+        if not self.pid:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            os.environ.update(TERM="xterm", OMP_NUM_THREADS="1")
+            os.environ.pop("COLUMNS", None)
+            os.execv(command[0], command)
+        ioctl(self.descriptor, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+
+    def wait_for(self, text, seconds=120):
+        """Read until a text appears after what was waited for last; return what came before it."""
+        until, start = time.monotonic() + seconds, len(self.seen)
+        while text not in self.seen[start:] and time.monotonic() < until:
+            if select.select([self.descriptor], [], [], 0.1)[0]:
+                try:
+                    self.seen += os.read(self.descriptor, 1 << 16).decode(errors="replace")
+                except OSError:  # the program has ended
+                    break
+        assert not text or text in self.seen[start:], self.seen
+        return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", self.seen[start:]).replace("\r", "")
+
+    def type(self, text):
+        os.write(self.descriptor, text.encode())
+
+    def end(self):
+        while True:  # what is left unread would keep the program from ending
+            try:
+                if not os.read(self.descriptor, 1 << 16):
+                    break
+            except OSError:
+                break
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+
+
+def test_a_terminal_of_80_columns(large):
+    """Two texts side by side; one Ctrl-C ends a text, one at the prompt the program."""
+    terminal = Terminal(sys.executable, str(ROOT / "generate_text.py"), "--interactive", "--max-new-tokens", "20000",
+                        "--finetuned-model", str(large / "model"), "--data-dir", str(large / "blocks"))  # fmt: skip
+    assert "[Brackets] hold 8 or more tokens" in terminal.wait_for("opening> ")
+    terminal.type("Day 12. Hal went to\n")
+    assert re.search(r"base model +fine-tuned model", terminal.wait_for("fine-tuned model"))
+    terminal.wait_for("[")
+    terminal.type("\x03")
+    shown = terminal.wait_for("opening> ")
+    last = shown[shown.rindex("base model") :].splitlines()
+    assert max(map(len, last)) <= 80
+    assert "^C" not in shown
+    assert any(len(line) > 45 for line in last), "two columns"
+    terminal.type("\x03")
+    assert terminal.end() == 0
