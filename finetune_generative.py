@@ -12,13 +12,14 @@ from contextlib import closing, nullcontext
 from pathlib import Path
 
 from utils.argument_types import auto_or, device_name, number
-from utils.cli import Parser, StopSignal, count_processes, ignore_signals, parse_first, print_table, run
+from utils.cli import Parser, StopSignal, check_processes, ignore_signals, parse_first, print_table, run
 from utils.errors import UserError, explain_failures, require_finite, warn
 
 # Flags that do not shape the result: a run may be resumed with other values of these.
 FREE_FLAGS = {
     "data_dir", "output_dir", "overwrite", "device", "num_workers", "save_every", "keep_checkpoints", "log_every",
     "report_to", "sample_prompt", "sample_tokens", "micro_batch_size", "dry_run", "process_timeout",
+    "gradient_checkpointing",
 }  # fmt: skip
 
 
@@ -67,18 +68,14 @@ def parse_args(argv=None):
         help="number type of the computation; auto: bf16 where the hardware has it")  # fmt: skip
     add("--micro-batch-size", type=auto_or(positive), metavar="N",
         help="blocks per forward pass; fewer need less memory (default: auto, by free memory)")  # fmt: skip
-    add("--gradient-checkpointing", action="store_true",
-        help="compute activations again in the backward pass: less memory, a third slower")  # fmt: skip
+    add("--gradient-checkpointing", action="store_true", help="compute activations twice: slower, less memory")
     add("--compile", action="store_true", help="compile the model's layers (for GPUs; starts a minute later)")
     add("--deterministic", action="store_true", help="bit-identical runs on a GPU; slower")
     add("--num-workers", type=number(int, 0, 64), default=0, help="processes that load batches")
     add("--process-timeout", type=number(int, 1, 86_400), default=600, metavar="SECONDS",
         help="under torchrun: the longest wait for another process")  # fmt: skip
     args = parser.parse_args(argv)
-    n_processes = count_processes()
-    if args.batch_size < n_processes:
-        raise UserError(f"--batch-size {args.batch_size} is less than the {n_processes} processes; give each a block, "
-                        "or use fewer")  # fmt: skip
+    check_processes(args.batch_size)
     if args.from_scratch and args.model_name:
         raise UserError("--from-scratch and --model-name exclude each other")
     return args
@@ -233,8 +230,7 @@ def forward_backward(model, input_ids, share):
 
 def train(setup, save_every, model, tokenizer, data, optimizer, state):
     """Run the loop; return 0 when the run is finished, else the number of the signal that stopped it."""
-    stopping = parallel.AgreedSignal(StopSignal())
-    started, resumed_at = time.monotonic() - state.seconds, state.step
+    stopping, started, resumed_at = parallel.AgreedSignal(StopSignal()), time.monotonic() - state.seconds, state.step
     log = MetricsLog(setup.output_dir, state.step, state.evaluated_step, setup.report_to == "tensorboard")
     # A generator of its own: a DataLoader without one draws from the generator that dropout uses.
     mine = map(parallel.share, setup.order.batches(state.step, setup.max_steps))

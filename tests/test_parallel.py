@@ -320,7 +320,7 @@ def test_a_refusal_is_said_once(workshop, undisturbed):  # noqa: F811
 def test_a_batch_smaller_than_the_processes_is_refused(workshop):  # noqa: F811
     out = fresh(workshop.folder / "small")
     ended = check_all(run_group(4, workshop.finetune(out, "--batch-size", 3)), 2)
-    assert said(ended) == ["error: --batch-size 3 is less than the 4 processes; give each a block, or use fewer"]
+    assert said(ended) == ["error: --batch-size 3 is less than the 4 processes; use a larger one, or fewer"]
     assert not out.exists()
 
 

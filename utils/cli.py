@@ -111,15 +111,19 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message)
 
 
-def count_processes() -> int:
-    """Return how many processes torchrun started; UserError for a part of its environment."""
+def check_processes(batch_size: int) -> None:
+    """Refuse a part of torchrun's environment, and more processes than a batch has blocks."""
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         value = os.environ.get(name, "0")
         if "RANK" in os.environ and name not in os.environ:
             raise UserError(f"RANK is set, {name} is not set; start several processes with torchrun")
         if name != "MASTER_ADDR" and not value.isdecimal():
             raise UserError(f"{name} is {value!r}, expected a number; start several processes with torchrun")
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    n_processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if batch_size < n_processes:
+        raise UserError(
+            f"--batch-size {batch_size} is less than the {n_processes} processes; use a larger one, or fewer"
+        )
 
 
 def print_table(title: str, rows: Iterable[tuple[str, Any]]) -> None:

@@ -125,6 +125,8 @@ def share_batches(n_blocks: int, batch_size: int) -> tuple[list[int], int]:
 
 def join_batches(losses: list[float], batch_size: int) -> list[float]:
     """Return the losses of all blocks, in their order, from what each process has of share_batches."""
+    if size() == 1:
+        return losses
     parts = [part.tolist() for part in gather_rows(torch.tensor(losses, dtype=torch.float64))]
     rounds = range(0, max(map(len, parts)), batch_size)
     return [loss for start in rounds for part in parts for loss in part[start : start + batch_size]]
