@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "notes").glob("*.md")), *sorted((ROOT / "results").glob("*/README.md"))]
 SCRIPTS = ["prepare_data", "finetune_generative", "generate_text"]
-# Of pytest, pip, ruff, tensorboard and hf.
+# Of pytest, pip, ruff, tensorboard, hf and torchrun.
 FOREIGN_FLAGS = {
     "--full",
     "--books",
