@@ -147,7 +147,7 @@ def test_every_block_is_scored_once_in_as_many_passes_as_elsewhere(monkeypatch, 
         assert passes == {math.ceil(math.ceil(n_blocks / batch_size) / n)}
         assert sorted(found) == list(range(n_blocks))
         monkeypatch.setattr(parallel, "gather_rows", lambda _own, rows=rows: rows)
-        assert parallel.join_batches([], batch_size) == list(range(n_blocks))
+        assert parallel.join_batches(rows[0].tolist(), batch_size) == list(range(n_blocks))
 
 
 @pytest.mark.parametrize("n_blocks", [1, 2, 5, 8])

@@ -142,6 +142,8 @@ def parse_first(parse_args: Callable[[], argparse.Namespace]) -> argparse.Namesp
     A mistake or --help ends the program here. From here to run(), while modules are imported, a signal ends it at
     once: nothing has been opened yet.
     """
+    if os.environ.get("RANK", "0") != "0":
+        os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is imported: of several processes, the first shows progress
     parsed = []
     code = _guard(lambda: parsed.append(parse_args()))
     if not parsed:
