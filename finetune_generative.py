@@ -12,13 +12,14 @@ from contextlib import closing, nullcontext
 from pathlib import Path
 
 from utils.argument_types import auto_or, device_name, number
-from utils.cli import Parser, StopSignal, ignore_signals, parse_first, print_table, refuse_many_processes, run
+from utils.cli import Parser, StopSignal, check_processes, ignore_signals, parse_first, print_table, run
 from utils.errors import UserError, explain_failures, require_finite, warn
 
 # Flags that do not shape the result: a run may be resumed with other values of these.
 FREE_FLAGS = {
     "data_dir", "output_dir", "overwrite", "device", "num_workers", "save_every", "keep_checkpoints", "log_every",
-    "report_to", "sample_prompt", "sample_tokens", "micro_batch_size", "dry_run",
+    "report_to", "sample_prompt", "sample_tokens", "micro_batch_size", "dry_run", "process_timeout",
+    "gradient_checkpointing",
 }  # fmt: skip
 
 
@@ -67,10 +68,14 @@ def parse_args(argv=None):
         help="number type of the computation; auto: bf16 where the hardware has it")  # fmt: skip
     add("--micro-batch-size", type=auto_or(positive), metavar="N",
         help="blocks per forward pass; fewer need less memory (default: auto, by free memory)")  # fmt: skip
+    add("--gradient-checkpointing", action="store_true", help="compute activations twice: slower, less memory")
     add("--compile", action="store_true", help="compile the model's layers (for GPUs; starts a minute later)")
     add("--deterministic", action="store_true", help="bit-identical runs on a GPU; slower")
     add("--num-workers", type=number(int, 0, 64), default=0, help="processes that load batches")
+    add("--process-timeout", type=number(int, 1, 86_400), default=600, metavar="SECONDS",
+        help="under torchrun: the longest wait for another process")  # fmt: skip
     args = parser.parse_args(argv)
+    check_processes(args.batch_size)
     if args.from_scratch and args.model_name:
         raise UserError("--from-scratch and --model-name exclude each other")
     return args
@@ -95,14 +100,17 @@ from utils.model.layers import use_fast_layers
 from utils.output_dir import check_output_dir, lock
 from utils.storage import clear_folder, hash_files, require_space, sweep
 from utils.training import checkpoint as checkpoints
+from utils.training import parallel
 from utils.training.forecast import choose_micro_batch, forecast_run
 from utils.training.metrics import MetricsLog, write_results, write_run_config
-from utils.training.optim import build_optimizer, build_schedule, set_lr
+from utils.training.optim import build_optimizer, build_schedule, clip_gradients, set_lr
 from utils.training.setup import TrainingSetup, keep_freed_memory
 
 
 def claim_output_dir(args):
     """Check the output folder and return its lock as a context; a dry run writes nothing and holds none."""
+    if not parallel.is_main():
+        return nullcontext()
     inputs = [args.data_dir, args.model_name or read_manifest(args.data_dir)["model_name"] or ""]
     is_ours = (args.output_dir / "run_config.json").is_file()
     check_output_dir(args.output_dir, is_ours, "finetune_generative.py", args.overwrite, inputs)
@@ -134,29 +142,41 @@ def collect_settings(args, data, base, folder):
 
 def find_run(args, settings):
     """Return the checkpoint to resume from and its state; None and an empty state for a new run."""
-    checkpoint = None
-    if not args.overwrite and (args.output_dir / "run_config.json").is_file():
-        checkpoints.refuse_other_settings(args.output_dir / "run_config.json", settings)
-        checkpoint = checkpoints.find_checkpoint(args.output_dir)
-    if not args.dry_run:
-        sweep(args.output_dir)
-    return checkpoint, checkpoints.read_state(checkpoint) if checkpoint else checkpoints.TrainState()
+    found = None
+    if parallel.is_main():
+        if not args.overwrite and (args.output_dir / "run_config.json").is_file():
+            checkpoints.refuse_other_settings(args.output_dir / "run_config.json", settings)
+            found = checkpoints.find_checkpoint(args.output_dir)
+        if not args.dry_run:
+            sweep(args.output_dir)
+    found = parallel.from_main(found and str(found))
+    if not found:
+        return None, checkpoints.TrainState()
+    state = checkpoints.read_state(Path(found))
+    before, now = state.machine.get("processes", 1), parallel.size()
+    if args.deterministic and before != now:
+        raise UserError(f"resume: the run has {before} processes, now {now}; with --deterministic use as many")
+    return Path(found), state
 
 
 def load_model(args, data, base, folder, checkpoint, device):
     """Load the checkpoint's model, the base model or a new one, with its tokenizer, and prepare it for training."""
+    empty = not parallel.is_main()
     if checkpoint:
-        model, tokenizer = loading.load_pair(checkpoint, verified=True, dropout=args.dropout)
+        model, tokenizer = loading.load_pair(checkpoint, verified=True, dropout=args.dropout, empty=empty)
     elif args.from_scratch:
         tokenizer = load_tokenizer(args.data_dir / "tokenizer")
         model = loading.new_model(args.from_scratch, tokenizer, args.seed, args.dropout)
     else:
-        model, tokenizer = loading.load_pair(folder or locate_model(base), dropout=args.dropout)
+        model, tokenizer = loading.load_pair(folder or locate_model(base), dropout=args.dropout, empty=empty)
         if fingerprint_tokenizer(tokenizer) != data.manifest["tokenizer"]["sha256"]:
             advice = f"run prepare_data.py --model-name {base}"
             raise UserError(f"data was made with another tokenizer than {base}'s; {advice}")
     loading.check_fit(model, data)
-    use_fast_layers(model.to(device), device, args.compile)
+    use_fast_layers(model, device, args.compile)
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    parallel.shard(model, device)
     return model, tokenizer
 
 
@@ -178,13 +198,14 @@ def build_setup(args, data, model, tokenizer, device, dtype, order, max_steps, s
 
 def start_run(args, settings, data, base, model, tokenizer, setup, state):
     """Clear the output folder and write down what the run is."""
-    used = sum(path.stat().st_size for path in args.output_dir.rglob("*") if path.is_file())
-    require_space(args.output_dir, 2 * checkpoints.checkpoint_bytes(model) - used, "a pair of checkpoints")
-    # Only now: everything that could be refused has been. The mark that makes the folder ours is replaced last.
-    clear_folder(args.output_dir, keep=["run_config.json"])
     checkpoints.record_machine(state, setup.device, setup.micro_batch_size)
-    write_run_config(args.output_dir, settings, vars(args), base, data, state.machine)
-    save_training_ngrams(args.output_dir, data.ids("train"))
+    if parallel.is_main():
+        used = sum(path.stat().st_size for path in args.output_dir.rglob("*") if path.is_file())
+        require_space(args.output_dir, 2 * checkpoints.checkpoint_bytes(model) - used, "a pair of checkpoints")
+        # Only now: everything that could be refused has been. The mark that makes the folder ours is replaced last.
+        clear_folder(args.output_dir, keep=["run_config.json"])
+        write_run_config(args.output_dir, settings, vars(args), base, data, state.machine)
+        save_training_ngrams(args.output_dir, data.ids("train"))
     if args.from_scratch:  # so that generate_text.py has a base to compare with
         Path(base).mkdir(exist_ok=True)
         checkpoints.save_best(Path(base), model, tokenizer, loading.DTYPES[args.save_dtype])
@@ -192,26 +213,28 @@ def start_run(args, settings, data, base, model, tokenizer, setup, state):
 
 def resume_run(setup, model, optimizer, state, checkpoint):
     """Restore optimizer and RNG state from a checkpoint, whose weights are loaded already."""
-    require_space(setup.output_dir, checkpoints.checkpoint_bytes(model), "a checkpoint")
+    if parallel.is_main():
+        require_space(setup.output_dir, checkpoints.checkpoint_bytes(model), "a checkpoint")
     checkpoints.restore_optimizer(model, optimizer, checkpoint / "optimizer.safetensors")
     checkpoints.restore_random_state(checkpoint / "rng_state.safetensors", setup.device)
     checkpoints.record_machine(state, setup.device, setup.micro_batch_size)
 
 
-def forward_backward(model, input_ids, n_blocks):
+def forward_backward(model, input_ids, share):
     """Add a micro-batch's gradients, weighted by its share of the step's blocks; return its share of the loss."""
     loss = model(input_ids=input_ids, labels=input_ids, use_cache=False).loss  # shifts inside
-    loss = loss * (len(input_ids) / n_blocks)
+    loss = loss * share
     loss.backward()
     return loss.detach()
 
 
 def train(setup, save_every, model, tokenizer, data, optimizer, state):
     """Run the loop; return 0 when the run is finished, else the number of the signal that stopped it."""
-    stopping, started, resumed_at = StopSignal(), time.monotonic() - state.seconds, state.step
+    stopping, started, resumed_at = parallel.AgreedSignal(StopSignal()), time.monotonic() - state.seconds, state.step
     log = MetricsLog(setup.output_dir, state.step, state.evaluated_step, setup.report_to == "tensorboard")
     # A generator of its own: a DataLoader without one draws from the generator that dropout uses.
-    loader = DataLoader(data.train, sampler=setup.order.batches(state.step, setup.max_steps), batch_size=None,
+    mine = map(parallel.share, setup.order.batches(state.step, setup.max_steps))
+    loader = DataLoader(data.train, sampler=mine, batch_size=None,
                         num_workers=setup.num_workers, pin_memory=setup.device.type == "cuda",
                         generator=torch.Generator(), worker_init_fn=ignore_signals)  # fmt: skip
     batches = iter(loader)
@@ -229,12 +252,13 @@ def train(setup, save_every, model, tokenizer, data, optimizer, state):
                     tqdm.write(f"step {state.step}: {describe_result(result)}{draw_sample(setup, model, tokenizer)}")
                     last = last or state.evals_without_gain == setup.early_stopping_patience
             state.seconds, state.finished = time.monotonic() - started, last and state.evaluated_step == state.step
-            if last or stopping or (state.step % save_every == 0 and state.step > resumed_at):  # 2 save
+            last = last or bool(stopping)
+            if last or (state.step % save_every == 0 and state.step > resumed_at):  # 2 save
                 log.sync()
                 checkpoints.save_checkpoint(
                     setup.output_dir, model, tokenizer, optimizer, state, setup.keep_checkpoints
                 )
-            if last or stopping:  # 3 stop
+            if last:  # 3 stop
                 break
             step_started = time.monotonic()
             lr = setup.schedule(state.step)  # 4 learning rate
@@ -243,12 +267,12 @@ def train(setup, save_every, model, tokenizer, data, optimizer, state):
             n_blocks = sum(map(len, step_batches))
             mean_loss = torch.zeros((), device=model.device)
             with setup.autocast():  # 5 accumulate, weighted by tokens; in one context, so that weights are cast once
-                for _ in step_batches:
+                for blocks in step_batches:
                     batch = next(batches)["input_ids"].to(model.device, non_blocking=True)
-                    for input_ids in batch.split(setup.micro_batch_size):
-                        mean_loss += forward_backward(model, input_ids, n_blocks)
-            grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), setup.max_grad_norm).item()
-            train_loss = mean_loss.item()
+                    for input_ids, count in parallel.split_passes(batch, len(blocks), setup.micro_batch_size):
+                        mean_loss += forward_backward(model, input_ids, count / n_blocks)
+            grad_norm = clip_gradients(model, setup.max_grad_norm)
+            train_loss = parallel.sum_over(mean_loss).item()
             # 6 refuse NaN before it reaches the weights
             require_finite(f"{state.step + 1} (lr {lr:g})", loss=train_loss, gradient=grad_norm)
             optimizer.step()
@@ -268,12 +292,16 @@ def evaluate(setup, model, data, stopping):
     """Score all validation blocks and measure copying; {} without blocks, None when a signal interrupted it."""
     if not len(data.validation):
         return {}
-    with tqdm(total=len(data.validation), unit="block", desc="evaluating", leave=False, delay=2) as bar:
-        scored = score_blocks(model, data.validation, setup.eval_batch_size, setup.autocast, bar.update, stopping)
+    mine, own = parallel.share_batches(len(data.validation), setup.eval_batch_size)
+    with tqdm(total=len(mine), unit="block", desc="evaluating", leave=False, delay=2) as bar:
+        blocks = data.validation.select(mine)
+        scored = score_blocks(model, blocks, setup.eval_batch_size, setup.autocast, bar.update, stopping)
     if scored is None:
         return None
-    result = summarize_loss(sum(scored[0]), scored[1], data.bytes_per_token)
-    return result | setup.copy_monitor.measure(model, setup.autocast)
+    losses = parallel.join_batches(scored[0][:own], setup.eval_batch_size)
+    result = summarize_loss(sum(losses), len(losses) * (data.block_size - 1), data.bytes_per_token)
+    with parallel.unsharded(model):
+        return parallel.from_main(result | setup.copy_monitor.measure(model, setup.autocast))
 
 
 def draw_sample(setup, model, tokenizer):
@@ -281,8 +309,9 @@ def draw_sample(setup, model, tokenizer):
     if not setup.sample_tokens:
         return ""
     decoding = Decoding(max_new_tokens=setup.sample_tokens)
-    ids = generate_ids(model, tokenizer.eos_token_id, [setup.sample_ids], [setup.seed], decoding, setup.autocast,
-                       start=start_ids(tokenizer))[0]  # fmt: skip
+    with parallel.unsharded(model):
+        ids = generate_ids(model, tokenizer.eos_token_id, [setup.sample_ids], [setup.seed], decoding, setup.autocast,
+                           start=start_ids(tokenizer))[0]  # fmt: skip
     return "\n  | " + (setup.sample_prompt + tokenizer.decode(ids)).replace("\n", "\n  | ")
 
 
@@ -298,6 +327,7 @@ def print_settings(args, setup, data, model, base, forecast):
         ("evaluate, save", f"every {setup.eval_every:,} and {forecast.save_every:,} steps"),
         ("copying", f"at most {limit:.1%} of a sample's tokens" if setup.copy_monitor.prompts else None),
         ("device", f"{setup.device}, {setup.dtype}, {torch.get_num_threads()} threads"),
+        ("processes", parallel.size() if parallel.size() > 1 else None),
         ("output", args.output_dir),
         ("forecast", forecast),
     ])  # fmt: skip
@@ -318,11 +348,11 @@ def print_results(setup, state, results):
 
 
 def main(args):
-    refuse_many_processes()
     keep_freed_memory()
     loading.set_deterministic(args.deterministic)
-    with claim_output_dir(args):
-        device, data = loading.pick_device(args.device), open_blocks(args.data_dir)
+    joined = parallel.joined(loading.pick_device(args.device), args.process_timeout)
+    with joined as device, claim_output_dir(args):
+        data = open_blocks(args.data_dir)
         dtype = loading.pick_dtype(args.dtype, device)
         order = BatchOrder(len(data.train), args.batch_size, args.grad_accum_steps, args.seed)
         max_steps = args.max_steps or args.epochs * order.steps_per_epoch
@@ -330,7 +360,7 @@ def main(args):
         settings = collect_settings(args, data, base, folder)
         checkpoint, state = find_run(args, settings)
         if state.finished:
-            if not args.dry_run:
+            if not args.dry_run and parallel.is_main():
                 checkpoints.remove_older(checkpoint, args.keep_checkpoints)
                 write_results(args.output_dir, state, max_steps)
             print(f"already complete at step {state.step}: {args.output_dir}; --overwrite starts a new run")
@@ -350,14 +380,15 @@ def main(args):
         print_settings(args, setup, data, model, base, forecast)
         if args.dry_run:
             return 0
+        # Of dropout, in each process another; batch order and samples have generators of their own.
+        torch.manual_seed(args.seed + parallel.rank())
         if checkpoint:
             resume_run(setup, model, optimizer, state, checkpoint)
         else:
-            torch.manual_seed(args.seed)  # of dropout; batch order and samples have generators of their own
             start_run(args, settings, data, base, model, tokenizer, setup, state)
         with explained():
             stopped_by = train(setup, forecast.save_every, model, tokenizer, data, optimizer, state)
-            results = write_results(args.output_dir, state, max_steps)
+            results = write_results(args.output_dir, state, max_steps) if parallel.is_main() else {}
     if stopped_by:
         print(f"stopped at step {state.step} of {max_steps}, saved; run the same command to resume")
         return 128 + stopped_by
@@ -366,4 +397,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    run(main, args)
+    run(main, args, may_speak=parallel.may_speak)

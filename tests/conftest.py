@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from utils.cli import STOP_SIGNALS, run
+from utils.training import parallel
 
 for number in STOP_SIGNALS:  # a shell starts what runs in the background with some of them ignored
     if signal.getsignal(number) == signal.SIG_IGN:
@@ -51,7 +52,8 @@ def replace(owner, name, new, set_attribute=setattr):
 def run_script(name):
     """Run a script's main with the command line in sys.argv, as the script itself does."""
     module = importlib.import_module(name)
-    run(lambda: module.main(module.parse_args()))
+    may_speak = parallel.may_speak if name == "finetune_generative" else None
+    run(lambda: module.main(module.parse_args()), may_speak=may_speak)
 
 
 NAMES = ["Ada", "Bram", "Cleo", "Dov", "Edda", "Finn", "Greta", "Hal", "Ines", "Jory"]

@@ -12,18 +12,11 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "notes").glob("*.md")), *sorted((ROOT / "results").glob("*/README.md"))]
 SCRIPTS = ["prepare_data", "finetune_generative", "generate_text"]
-# Of pytest, pip, ruff, tensorboard and hf.
+# Of pytest, pip, ruff, tensorboard, hf and torchrun.
 FOREIGN_FLAGS = {
-    "--full",
-    "--books",
-    "--version",
-    "--quiet",
-    "--upgrade",
-    "--check",
-    "--logdir",
-    "--private",
-    "--exclude",
-}
+    "--full", "--books", "--version", "--quiet", "--upgrade", "--check", "--logdir", "--private",
+    "--exclude", "--nproc-per-node",
+}  # fmt: skip
 # Words and forms that have a plain replacement: "tokens a block" is "tokens per block".
 UNITS = "tokens?|nats|bits?|bytes?|words?|steps?|blocks?|updates?|lines?|samples?|batches|micro-batches|seconds"
 PER = "token|byte|block|batch|step|update|epoch|sentence|paragraph|second|line|process|model|prompt|forward"

@@ -202,6 +202,7 @@ FREE = {
     "data_dir": "{copied_data}", "output_dir": "{moved}", "overwrite": None, "device": "cpu", "num_workers": 2,
     "save_every": 1, "keep_checkpoints": 1, "log_every": 2, "report_to": "tensorboard", "sample_prompt": "Ada",
     "sample_tokens": 4, "micro_batch_size": 64, "dry_run": None,
+    "process_timeout": 9, "gradient_checkpointing": None,
 }  # fmt: skip
 
 

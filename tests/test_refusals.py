@@ -997,10 +997,13 @@ def test_bit_flip_in_weights_that_we_saved(refuse, here, prepared, four_steps):
     refuse("finetune_generative", *flags, says="model: model/model.safetensors is damaged: checksum differs")
 
 
+TORCHRUN = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": "29500"}  # fmt: skip
 PROCESSES = [
-    ("F66-F78-F80", {"WORLD_SIZE": "4", "RANK": "0"}, "4 processes: this program trains in one process"),
-    ("F79", {"RANK": "0"}, ("WORLD_SIZE is not set", "this program trains in one process")),
-    ("F79-port", {"WORLD_SIZE": "2", "RANK": "0", "MASTER_PORT": "x"}, "2 processes: this program trains in one"),
+    ("F66-F78-F80", {"WORLD_SIZE": "4", "RANK": "0"}, "RANK is set, LOCAL_RANK is not set; start"),
+    ("F79", {"RANK": "0"}, ("RANK is set, LOCAL_RANK is not set; start several processes with torchrun",)),
+    ("F79-port", TORCHRUN | {"MASTER_PORT": "x"}, "MASTER_PORT is 'x', expected a number; start several"),
+    ("F15", TORCHRUN | {"WORLD_SIZE": "16"}, "is less than the 16 processes; use a larger one, or fewer"),
 ]
 
 

@@ -41,14 +41,17 @@ def leave(number: int, _frame: Any) -> NoReturn:
 
 
 class StopSignal:
-    """Set a flag on SIGINT, SIGTERM or SIGHUP that the loop checks; a second signal exits at once."""
+    """Set a flag on SIGINT, SIGTERM or SIGHUP that the loop checks; a second signal exits at once.
+
+    Under torchrun it does not: each signal of a terminal arrives twice, and torchrun kills after 30 s anyway.
+    """
 
     def __init__(self) -> None:
-        self.number = 0
+        self.number, self.is_alone = 0, "RANK" not in os.environ
         catch_signals(self.receive)
 
     def receive(self, number: int, _frame: Any) -> None:
-        if self.number:
+        if self.number and self.is_alone:
             raise Stopped(number)
         self.number = number
 
@@ -108,12 +111,19 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message)
 
 
-def refuse_many_processes() -> None:
-    """Refuse to start under torchrun, whose other processes would only repeat the work."""
-    processes = os.environ.get("WORLD_SIZE", "1")
-    if processes != "1" or ("RANK" in os.environ and "WORLD_SIZE" not in os.environ):
-        started = f"{processes} processes" if processes != "1" else "RANK is set, WORLD_SIZE is not set"
-        raise UserError(f"{started}: this program trains in one process; start it with python, not torchrun")
+def check_processes(batch_size: int) -> None:
+    """Refuse a part of torchrun's environment, and more processes than a batch has blocks."""
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        value = os.environ.get(name, "0")
+        if "RANK" in os.environ and name not in os.environ:
+            raise UserError(f"RANK is set, {name} is not set; start several processes with torchrun")
+        if name != "MASTER_ADDR" and not value.isdecimal():
+            raise UserError(f"{name} is {value!r}, expected a number; start several processes with torchrun")
+    n_processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if batch_size < n_processes:
+        raise UserError(
+            f"--batch-size {batch_size} is less than the {n_processes} processes; use a larger one, or fewer"
+        )
 
 
 def print_table(title: str, rows: Iterable[tuple[str, Any]]) -> None:
@@ -132,6 +142,8 @@ def parse_first(parse_args: Callable[[], argparse.Namespace]) -> argparse.Namesp
     A mistake or --help ends the program here. From here to run(), while modules are imported, a signal ends it at
     once: nothing has been opened yet.
     """
+    if os.environ.get("RANK", "0") != "0":
+        os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is imported: of several processes, the first shows progress
     parsed = []
     code = _guard(lambda: parsed.append(parse_args()))
     if not parsed:
@@ -145,18 +157,20 @@ def parse_first(parse_args: Callable[[], argparse.Namespace]) -> argparse.Namesp
     return parsed[0]
 
 
-def run(main: Callable[..., int | None], *arguments: Any) -> NoReturn:
+def run(main: Callable[..., int | None], *arguments: Any, may_speak: Callable[[], bool] | None = None) -> NoReturn:
     """Call a script's main function and leave with its exit status.
 
     A UserError, a signal, the machine's own failures and a file that the system refuses become one
-    line on stderr; anything else is a defect of this program and keeps its traceback.
+    line on stderr; anything else is a defect of this program and keeps its traceback. `may_speak` says whether it is
+    for this process to print that line, where torchrun started several.
     """
-    code = _guard(lambda: main(*arguments))
+    code = _guard(lambda: main(*arguments), may_speak)
     catch_signals(signal.SIG_IGN)  # nothing is left to stop
     sys.exit(code)
 
 
-def _guard(action: Callable[[], int | None]) -> int:
+def _guard(action: Callable[[], int | None], may_speak: Callable[[], bool] | None = None) -> int:
+    may_speak = may_speak or (lambda: os.environ.get("RANK", "0") == "0")
     for stream in filter(None, (sys.stdout, sys.stderr)):  # None where it was closed
         stream.reconfigure(errors="replace")  # a terminal without UTF-8 is no reason to stop
     try:
@@ -169,9 +183,10 @@ def _guard(action: Callable[[], int | None]) -> int:
             sys.stdout.flush()
         return code
     except UserError as error:
-        return _report(str(error), error.code)
+        return _report(str(error), error.code, may_speak)
     except Stopped as stopped:
-        _say_stopped()
+        if may_speak():
+            _say_stopped()
         return 128 + stopped.args[0]
     except BrokenPipeError:
         # The reader (| head) has left; without this, Python complains once more at exit.
@@ -182,7 +197,8 @@ def _guard(action: Callable[[], int | None]) -> int:
         if not reason and not (name and isinstance(error, OSError) and error.errno):
             raise
         where = f"{name[:60]}..." if len(name) > 120 else name or "cannot write output"
-        code = _report(f"{where}: {reason or os.strerror(error.errno).lower()}", EXIT_MACHINE if reason else EXIT_INPUT)
+        said = f"{where}: {reason or os.strerror(error.errno).lower()}"
+        code = _report(said, EXIT_MACHINE if reason else EXIT_INPUT, may_speak)
         if reason:
             os._exit(code)  # flushing a full stdout again at exit would print a second message
         return code
@@ -192,10 +208,10 @@ def _say_stopped() -> None:
     print("stopped; finished work is saved, run the same command to resume", file=sys.stderr, flush=True)
 
 
-def _report(message: str, code: int) -> int:
+def _report(message: str, code: int, may_speak: Callable[[], bool]) -> int:
     line = " ".join(f"error: {message}".split())
     if len(line) > MAX_ERROR_CHARS:
         line = line[: MAX_ERROR_CHARS - 3] + "..."
-    if os.environ.get("RANK", "0") == "0":  # torchrun starts many: one of them speaks
+    if may_speak():
         print(line, file=sys.stderr, flush=True)
     return code

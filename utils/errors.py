@@ -29,8 +29,9 @@ class UserError(Exception):
 
 
 def warn(message: str) -> None:
-    """Print one line on stderr that starts with 'warning: '."""
-    print(f"warning: {message}", file=sys.stderr, flush=True)
+    """Print one line on stderr that starts with 'warning: '; of several processes, the first speaks."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
 def machine_reason(error: BaseException) -> str | None:
@@ -39,6 +40,14 @@ def machine_reason(error: BaseException) -> str | None:
     found = re.search(r"(?:os error |[Ee]rrno )(\d+)", str(error))
     number = getattr(error, "errno", None) or (int(found.group(1)) if found else None)
     return os.strerror(number).lower() if number in MACHINE_ERRNOS else None
+
+
+def lost_process(error: BaseException) -> str | None:
+    """Return in words that another process of the same run has ended or hangs, None for any other error."""
+    if not re.match("Dist.*Error", type(error).__name__) and not re.search("gloo|NCCL", str(error)):
+        return None
+    waited = re.search("timed ?out|timeout", str(error), re.IGNORECASE)
+    return f"another process {'does not answer' if waited else 'has ended'}"
 
 
 def require_finite(step: int | str, **values: float) -> None:
@@ -70,6 +79,8 @@ def explain_failures(
             what, advice = f"out of GPU memory (batch {batch_size})", f"try --batch-size {max(1, batch_size // 2)}"
         elif isinstance(error, ConnectionResetError | EOFError) or "DataLoader worker (pid" in str(error):
             what = "a data worker was killed (out of memory?)"
+        else:
+            what = what or lost_process(error)
         if what is None:
             raise  # a defect of this program keeps its traceback
         at, saved = "" if "at step" in what else f" at step {state.step}", list_checkpoints()

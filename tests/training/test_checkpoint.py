@@ -295,7 +295,7 @@ def test_another_machine_is_noted_once(capsys):
     state = TrainState()
     checkpoint.record_machine(state, torch.device("cpu"), 4)
     assert capsys.readouterr().err == ""
-    assert state.machine.keys() == {"threads", "torch", "device", "processor", "micro_batch_size"}
+    assert state.machine.keys() == {"processes", "threads", "torch", "device", "processor", "micro_batch_size"}
     assert (state.machine["device"], state.machine["micro_batch_size"]) == ("cpu", 4)
     state.machine |= {"threads": 77, "torch": "0.1"}
     checkpoint.record_machine(state, torch.device("cpu"), 4)

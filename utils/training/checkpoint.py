@@ -1,10 +1,14 @@
-"""Save, find and restore checkpoints: folders checkpoint-<step> of safetensors and JSON, never a pickle."""
+"""Save, find and restore checkpoints: folders checkpoint-<step> of safetensors and JSON, never a pickle.
+
+Tensors are whole in the files, so a run of any number of processes resumes from them. Every process calls the functions
+that save and restore; process 0 writes and reads.
+"""
 
 import copy
 import platform
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -25,6 +29,7 @@ from utils.storage import (
     verify_folder,
     write_json,
 )
+from utils.training import parallel
 from utils.training.metrics import RESULT_NAMES
 
 FORMAT = 1
@@ -75,15 +80,25 @@ def save_checkpoint(output_dir: Path, model, tokenizer, optimizer, state: TrainS
     refuse_not_finite(model, optimizer)
     folder = output_dir / f"checkpoint-{state.step}"
     # A step saved before differs in trainer_state.json only; replacing files keeps one of the two whole at any moment.
-    publish = publish_files if folder.is_dir() and check_checkpoint(folder) is None else publish_folder
-    with publish(folder, {"format": FORMAT}, checkpoint_bytes(model), "a checkpoint") as partial:
-        model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-        save_optimizer(model, optimizer, partial / OPTIMIZER)
-        save_random_state(partial / RANDOM, model.device)
-        write_json(partial / STATE, asdict(state))
-    remove_older(folder, keep)
+    publishing = nullcontext()
+    if parallel.is_main():
+        publish = publish_files if folder.is_dir() and check_checkpoint(folder) is None else publish_folder
+        publishing = publish(folder, {"format": FORMAT}, checkpoint_bytes(model), "a checkpoint")
+    with publishing as partial:
+        _save_weights(parallel.gather_model(model), tokenizer, partial)
+        save_optimizer(model, optimizer, partial and partial / OPTIMIZER)
+        save_random_state(partial and partial / RANDOM, model.device)
+        if partial:
+            write_json(partial / STATE, asdict(state))
+    if parallel.is_main():
+        remove_older(folder, keep)
     return folder
+
+
+def _save_weights(model, tokenizer, folder: Path | None) -> None:
+    if folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
 
 
 def remove_older(folder: Path, keep: int) -> None:
@@ -100,18 +115,21 @@ def checkpoint_bytes(model) -> int:
 
 def save_best(output_dir: Path, model, tokenizer, dtype: torch.dtype) -> None:
     """Write model (weights in `dtype`, itself unchanged) and tokenizer to the root of the output folder."""
+    whole = parallel.gather_model(model)
+    if not whole:
+        return
     # A copy keeps tied weights tied, so that they are written once.
-    written = model if model.dtype == dtype else copy.deepcopy(model).to(dtype)
+    written = whole if whole.dtype == dtype else copy.deepcopy(whole).to(dtype)
     refuse_not_finite(written)
-    with publish_files(output_dir, {"format": FORMAT}, checkpoint_bytes(model) // 3, "the model") as partial:
-        written.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
+    with publish_files(output_dir, {"format": FORMAT}, checkpoint_bytes(whole) // 3, "the model") as partial:
+        _save_weights(written, tokenizer, partial)
 
 
 def record_machine(state: TrainState, device: torch.device, micro_batch_size: int) -> None:
     """Record in the state what a bit-identical resume depends on, and warn where the run was started differently."""
-    machine = {"threads": torch.get_num_threads(), "torch": torch.__version__, "device": device.type,
-               "processor": platform.machine(), "micro_batch_size": micro_batch_size}  # fmt: skip
+    machine = {"processes": parallel.size(), "threads": torch.get_num_threads(), "torch": torch.__version__,
+               "device": device.type, "processor": platform.machine(),
+               "micro_batch_size": micro_batch_size}  # fmt: skip
     before, state.machine = state.machine, machine
     changed = [f"{name} {now}, was {before[name]}" for name, now in machine.items() if before.get(name, now) != now]
     if changed:
@@ -184,30 +202,35 @@ def read_state(folder: Path) -> TrainState:
     return TrainState(**values)
 
 
-def save_optimizer(model, optimizer, path: Path) -> None:
+def save_optimizer(model, optimizer, path: Path | None) -> None:
     """Write AdamW's two averages and step count of each parameter under the parameter's name."""
-    tensors = {
-        f"{key}/{name}": value.detach().cpu().contiguous()
-        for name, parameter in model.named_parameters()
-        for key, value in optimizer.state.get(parameter, {}).items()
-    }
-    save_file(tensors, path)
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            whole = parallel.gather(value)
+            if path:
+                tensors[f"{key}/{name}"] = whole.cpu().contiguous()
+    if path:
+        save_file(tensors, path)
 
 
 def restore_optimizer(model, optimizer, path: Path) -> None:
     """Restore AdamW from save_optimizer's file; UserError for a tensor of another shape, which AdamW would accept."""
-    tensors = read_tensors(path)
+    tensors = read_tensors(path) if parallel.is_main() else {}
+    saved = parallel.from_main(sorted({name.partition("/")[2] for name in tensors}))
     for name, parameter in model.named_parameters():
-        entry = {key: tensors.get(f"{key}/{name}") for key in ("step", "exp_avg", "exp_avg_sq")}
-        if all(value is None for value in entry.values()):
+        if name not in saved:
             continue
-        for key, value in entry.items():
-            expected = torch.Size([]) if key == "step" else parameter.shape
-            if value is None or value.shape != expected:
-                found = "missing" if value is None else "x".join(map(str, value.shape))
-                raise UserError(f"{path}: {key} of {name} is {found}, expected {'x'.join(map(str, expected))}")
         # Fused AdamW keeps its step counts on the parameter's device.
-        optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in entry.items()}
+        entry = {"step": torch.zeros((), device=parameter.device)}
+        entry |= {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
+        for key, target in entry.items():
+            value = tensors.get(f"{key}/{name}") if parallel.is_main() else torch.empty(target.shape)
+            if value is None or value.shape != target.shape:
+                found = "missing" if value is None else "x".join(map(str, value.shape))
+                raise UserError(f"{path}: {key} of {name} is {found}, expected {'x'.join(map(str, target.shape))}")
+            parallel.scatter(value, target)
+        optimizer.state[parameter] = entry
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
@@ -243,9 +266,14 @@ def keep_random_state(device: torch.device) -> Iterator[None]:
         set_random_state(states, device)
 
 
-def save_random_state(path: Path, device: torch.device) -> None:
-    """Write the states of torch's generators, from which dropout draws."""
-    save_file(get_random_state(device), path)
+def save_random_state(path: Path | None, device: torch.device) -> None:
+    """Write the states of torch's generators, from which dropout draws, of all processes."""
+    states = {}
+    for kind, state in get_random_state(device).items():
+        for number, row in enumerate(parallel.gather_rows(state[None])):
+            states[f"{kind}.{number}" if number else kind] = row[0].clone()
+    if path:
+        save_file(states, path)
 
 
 def restore_random_state(path: Path, device: torch.device) -> None:
@@ -253,4 +281,7 @@ def restore_random_state(path: Path, device: torch.device) -> None:
     states, expected = read_tensors(path), len(torch.get_rng_state())
     if "cpu" not in states or len(states["cpu"]) != expected:
         raise UserError(f"{path}: {len(states.get('cpu', []))} bytes, expected {expected}")
-    set_random_state(states, device)
+    number = parallel.rank()
+    own = {kind: states.get(f"{kind}.{number}" if number else kind) for kind in ("cpu", device.type)}
+    if own["cpu"] is not None:  # there were as many processes
+        set_random_state({kind: state for kind, state in own.items() if state is not None}, device)

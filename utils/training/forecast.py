@@ -19,8 +19,10 @@ import torch
 from utils.data.blocks import Blocks
 from utils.errors import warn
 from utils.evaluation.generation import Decoding, generate_ids
+from utils.model.loading import own_part
+from utils.training import parallel
 from utils.training.checkpoint import checkpoint_bytes, keep_random_state
-from utils.training.optim import set_lr
+from utils.training.optim import clip_gradients, set_lr
 from utils.training.setup import TrainingSetup
 
 # More tokens per forward pass are no faster: the matrix products are large enough. notes/03_training_loop.md.
@@ -95,7 +97,7 @@ def peak_bytes(device: torch.device) -> int:
 
 def count_activations(model, input_ids: torch.Tensor, autocast: Callable[[], AbstractContextManager]) -> int:
     """Return the bytes that a forward pass over (B, T) ids keeps for its backward pass, without the weights."""
-    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    weights = {own_part(parameter).untyped_storage().data_ptr() for parameter in model.parameters()}
     kept = {}
 
     def note(tensor: torch.Tensor) -> None:
@@ -120,7 +122,7 @@ def choose_micro_batch(
     with keep_random_state(model.device):
         one, both = (count_activations(model, part, autocast) for part in (blocks[:1], blocks))
     per_block = max(both - one, 1) if len(blocks) == 2 else one  # weights in bf16 are kept in both
-    training = 4 * checkpoint_bytes(model) // 3  # gradients, two averages, weights in bf16 and a margin
+    training = 4 * checkpoint_bytes(model) // 3 // parallel.size()  # gradients, averages, weights in bf16, a margin
     fits = max(0, math.floor((USABLE * free_bytes(model.device) - training) / (TEMPORARY * per_block)))
     wanted = min(batch_size, given or enough)
     if wanted > fits and (given or not fits):
@@ -128,7 +130,7 @@ def choose_micro_batch(
         advice = f"--micro-batch-size {fits} fits" if fits else "a smaller model or --block-size may fit"
         warn(f"memory is short: about {needed:.1f} GB are needed, {free_bytes(model.device) / 1e9:.1f} GB are free; "
              f"{advice}")  # fmt: skip
-    return wanted if given else max(1, min(wanted, fits))
+    return wanted if given else parallel.least(max(1, min(wanted, fits)))
 
 
 def read_clock(device: torch.device) -> float:
@@ -155,7 +157,7 @@ def forecast_run(
         block_seconds, step_seconds = time_steps(setup, model, optimizer, data, forward_backward, n_left)
         evaluating = time_evaluation(setup, model, data)
     blocks_left = sum(len(batch) for batch in setup.order.batches(first_step, setup.max_steps))
-    seconds = blocks_left * block_seconds + n_left * step_seconds
+    seconds = blocks_left * block_seconds / parallel.size() + n_left * step_seconds
     saving = checkpoint_bytes(model) / SAVED_BYTES_PER_SECOND
     save_every = setup.save_every or setup.eval_every
     if not setup.save_every and saving > NOTICED_SECONDS:
@@ -167,7 +169,7 @@ def forecast_run(
     seconds += evaluating * (first_step == 0)  # the base model is not saved
     disk = checkpoint_bytes(model) * (min(n_saves, setup.keep_checkpoints + 1) + 1 / 3)
     peak = peak_bytes(setup.device) + (LATER_BYTES if setup.device.type == "cpu" else 0)
-    return Forecast(seconds, peak, int(disk), n_left, blocks_left / len(data.train), save_every)
+    return Forecast(seconds, peak, int(disk), n_left, blocks_left / len(data.train), parallel.from_main(save_every))
 
 
 def count_due(step: int, last: int, interval: int) -> int:
@@ -182,14 +184,14 @@ def time_steps(setup: TrainingSetup, model, optimizer, data, forward_backward, n
     """
     blocks = data.train[: setup.micro_batch_size]["input_ids"].to(model.device)
     passes, rests, n_micro_batches = [], [], n_left * setup.order.blocks_per_step / len(blocks)
-    while len(passes) < CALIBRATION_STEPS or sum(passes[WARM_UP_STEPS:]) < min(
-        CALIBRATION_SHARE * passes[-1] * n_micro_batches, CALIBRATION_SECONDS
+    while len(passes) < CALIBRATION_STEPS or parallel.from_main(
+        sum(passes[WARM_UP_STEPS:]) < min(CALIBRATION_SHARE * passes[-1] * n_micro_batches, CALIBRATION_SECONDS)
     ):
         started = read_clock(setup.device)
         with setup.autocast():
-            forward_backward(model, blocks, len(blocks))
+            forward_backward(model, blocks, 1.0)
         passed = read_clock(setup.device)
-        if torch.nn.utils.clip_grad_norm_(model.parameters(), setup.max_grad_norm).isfinite():
+        if math.isfinite(clip_gradients(model, setup.max_grad_norm)):
             set_lr(optimizer, 0.0)  # else the loop refuses the gradient, and says so
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -215,6 +217,7 @@ def time_evaluation(setup: TrainingSetup, model, data: Blocks) -> float:
     for prompts, new_tokens in ((monitor.prompts, monitor.new_tokens), ([setup.sample_ids], setup.sample_tokens)):
         if prompts and new_tokens:
             few, started = Decoding(max_new_tokens=min(new_tokens, CALIBRATION_TOKENS)), read_clock(setup.device)
-            generate_ids(model, monitor.eos_token_id, prompts, [0] * len(prompts), few, setup.autocast)
+            with parallel.unsharded(model):
+                generate_ids(model, monitor.eos_token_id, prompts, [0] * len(prompts), few, setup.autocast)
             seconds += (read_clock(setup.device) - started) * new_tokens / few.max_new_tokens
     return seconds

@@ -13,6 +13,7 @@ import transformers
 from utils.data.blocks import Blocks
 from utils.evaluation.plots import draw_loss
 from utils.storage import replacing, sync, write_json, write_text
+from utils.training import parallel
 
 METRICS = "metrics.jsonl"
 RESULT_NAMES = {"eval/loss": "eval_loss", "eval/perplexity": "perplexity", "eval/bits_per_byte": "bits_per_byte",
@@ -20,7 +21,7 @@ RESULT_NAMES = {"eval/loss": "eval_loss", "eval/perplexity": "perplexity", "eval
 
 
 class MetricsLog:
-    """Append one JSON object per line to metrics.jsonl, and to TensorBoard if asked.
+    """Append one JSON object per line to metrics.jsonl, and to TensorBoard if asked; in process 0 only.
 
     Args:
         step: training lines after this step are dropped: that work was lost and is done again.
@@ -29,6 +30,8 @@ class MetricsLog:
 
     def __init__(self, folder: Path, step: int, evaluated_step: int, tensorboard: bool = False) -> None:
         self.path, self.writer = folder / METRICS, None
+        if not parallel.is_main():
+            return
         rows = read_metrics(folder)
         kept = [row for row in rows if row["step"] <= (step if "train/loss" in row else evaluated_step)]
         write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
@@ -39,6 +42,8 @@ class MetricsLog:
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Append one line at once, so that a killed run keeps it."""
+        if not parallel.is_main():
+            return
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **values}, allow_nan=False) + "\n")
         if self.writer:
@@ -47,7 +52,8 @@ class MetricsLog:
 
     def sync(self) -> None:
         """Force the lines to the disk: a checkpoint must not be newer than its metrics."""
-        sync(self.path)
+        if parallel.is_main():
+            sync(self.path)
 
     def close(self) -> None:
         if self.writer:

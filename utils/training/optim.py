@@ -5,6 +5,8 @@ from collections.abc import Callable
 
 import torch
 
+from utils.training import parallel
+
 
 def decay_groups(model, weight_decay: float) -> list[dict]:
     """Return AdamW parameter groups: matrices with weight decay, biases and norms without."""
@@ -20,6 +22,12 @@ def build_optimizer(
     """Build AdamW over a model's parameters. Source: Loshchilov and Hutter 2019, arXiv 1711.05101."""
     groups = decay_groups(model, weight_decay)
     return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=eps, fused=True)
+
+
+def clip_gradients(model, max_norm: float) -> float:
+    """Scale the gradients of a model down to a norm of max_norm at most; return their norm before."""
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    return parallel.gather(norm).item()
 
 
 def build_schedule(kind: str, learning_rate: float, max_steps: int, warmup_ratio: float) -> Callable[[int], float]:

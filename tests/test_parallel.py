@@ -1,0 +1,363 @@
+"""Several processes: the same run, the same folder, and an end for all when one fails.
+
+The processes are forked children with torchrun's environment; the test holds the store, as torchrun's agent does.
+One test starts torchrun itself.
+"""
+
+import json
+import math
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import replace
+from forked import Child, digest_run, fresh, run_child, strays, undisturbed, workshop  # noqa: F401
+from safetensors.torch import load_file
+
+import finetune_generative
+from utils.storage import read_json
+from utils.training import checkpoint, parallel
+
+ROOT = Path(__file__).parent.parent
+SEED = 1872
+SAME = ("--dropout", 0, "--micro-batch-size", 1, "--batch-size", 8, "--learning-rate", "1e-3")
+
+
+class Group:
+    """N processes of one command.
+
+    Args:
+        prepare: called in each process with its rank before the script, to set hooks and traps.
+    """
+
+    def __init__(self, n, command, prepare=None):
+        self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False,
+                                   timeout=timedelta(seconds=60))  # fmt: skip
+        script, argv = command
+        self.children = [Child(script, argv, self._hook(rank, n, prepare)) for rank in range(n)]
+
+    def _hook(self, rank, n, prepare):
+        def hook():
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(n), "LOCAL_WORLD_SIZE": str(n),
+                           "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(self.store.port),
+                           "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}  # fmt: skip
+            if prepare:
+                prepare(rank)
+
+        return hook
+
+    def wait(self, timeout=60):
+        """Return what each process has ended with."""
+        return [child.wait(timeout) for child in self.children]
+
+    def kill(self, number=signal.SIGKILL, rank=None):
+        for child in self.children if rank is None else [self.children[rank]]:
+            child.kill(number)
+
+
+def run_group(n, command, prepare=None, timeout=60):
+    if n == 1:
+        return [run_child(*command, timeout=timeout)]
+    return Group(n, command, prepare).wait(timeout)
+
+
+def check_all(ended, code=0):
+    assert [process.code for process in ended] == [code] * len(ended), "\n".join(process.err for process in ended)
+    return ended
+
+
+def read_rows(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def check_same_run(one, other, loss=1e-6, weights=1e-5):
+    """Check that two runs have the same losses (relative) and the same last weights (absolute)."""
+    pairs = list(zip(read_rows(one), read_rows(other), strict=True))
+    for before, after in pairs:
+        assert before.keys() == after.keys()
+        for name in {"train/loss", "eval/loss", "train/grad_norm"} & before.keys():
+            assert after[name] == pytest.approx(before[name], rel=loss), (name, before["step"])
+    first, second = (load_file(folder / "model.safetensors") for folder in (one, other))
+    assert first.keys() == second.keys()
+    assert max((first[name] - second[name]).abs().max().item() for name in first) <= weights
+    return len(pairs)
+
+
+def said(ended):
+    """Return the error lines of all processes."""
+    return [line for process in ended for line in process.err.splitlines() if line.startswith("error: ")]
+
+
+def test_same_losses_for_any_number_of_processes(workshop, amount):  # noqa: F811
+    steps = amount(12, 200)
+    flags = (*SAME, "--max-steps", steps, "--eval-every", 6, "--save-every", steps)
+    folders = {n: fresh(workshop.folder / f"same-{n}") for n in (1, 2, 4)}
+    for n, folder in folders.items():
+        check_all(run_group(n, workshop.finetune(folder, *flags), timeout=300))
+        assert not strays(folder)
+    for n in (2, 4):
+        assert check_same_run(folders[1], folders[n]) > steps
+        names = {path.relative_to(folders[n]).as_posix() for path in folders[n].rglob("*")}
+        assert names == {path.relative_to(folders[1]).as_posix() for path in folders[1].rglob("*")}
+
+
+def test_two_processes_equal_one_to_the_bit(workshop):  # noqa: F811
+    """x + y = y + x: with one block per pass and process, and no norm summed by parts, nothing is left to differ."""
+    flags = (*SAME, "--batch-size", 2, "--max-grad-norm", "1e9")
+    digests = []
+    for n in (1, 2):
+        folder = fresh(workshop.folder / f"bits-{n}")
+        check_all(run_group(n, workshop.finetune(folder, *flags)))
+        digests.append((digest_run(folder), [row.get("train/loss", row.get("eval/loss")) for row in read_rows(folder)]))
+    assert digests[0] == digests[1]
+
+
+def test_the_evaluation_has_the_same_bits_for_any_number_of_processes(workshop):  # noqa: F811
+    flags = (*SAME, "--max-steps", 1, "--eval-batch-size", 2, "--copy-samples", 2)
+    losses = []
+    for n in (1, 2, 3, 4):
+        folder = fresh(workshop.folder / f"eval-{n}")
+        check_all(run_group(n, workshop.finetune(folder, *flags)))
+        losses.append(next((row["eval/loss"], row.get("eval/copy_rate")) for row in read_rows(folder)))
+    assert len(set(losses)) == 1
+
+
+@pytest.mark.parametrize("n_blocks", [1, 2, 5, 7, 8, 33])
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 16])
+def test_every_block_is_scored_once_in_as_many_passes_as_elsewhere(monkeypatch, n_blocks, batch_size):
+    for n in (1, 2, 3, 4):
+        found, passes = {}, set()
+        rows = []
+        for rank in range(n):
+            monkeypatch.setattr(parallel, "size", lambda n=n: n)
+            monkeypatch.setattr(parallel, "rank", lambda rank=rank: rank)
+            blocks, own = parallel.share_batches(n_blocks, batch_size)
+            passes.add(math.ceil(len(blocks) / batch_size))
+            rows.append(torch.tensor(blocks[:own], dtype=torch.float64))
+            found |= dict.fromkeys(blocks[:own], rank)
+        assert passes == {math.ceil(math.ceil(n_blocks / batch_size) / n)}
+        assert sorted(found) == list(range(n_blocks))
+        monkeypatch.setattr(parallel, "gather_rows", lambda _own, rows=rows: rows)
+        assert parallel.join_batches(rows[0].tolist(), batch_size) == list(range(n_blocks))
+
+
+@pytest.mark.parametrize("n_blocks", [1, 2, 5, 8])
+@pytest.mark.parametrize("micro_batch_size", [1, 2, 3])
+def test_every_block_is_trained_on_once_in_as_many_passes_as_elsewhere(monkeypatch, n_blocks, micro_batch_size):
+    for n in (1, 2, 3, 4):
+        counted, passes = 0, set()
+        for rank in range(n):
+            monkeypatch.setattr(parallel, "size", lambda n=n: n)
+            monkeypatch.setattr(parallel, "rank", lambda rank=rank: rank)
+            mine = torch.tensor(parallel.share(list(range(n_blocks))))[:, None]
+            parts = parallel.split_passes(mine, n_blocks, micro_batch_size)
+            counted += sum(count for _, count in parts)
+            passes.add(len(parts))
+            assert all(len(part) for part, _ in parts)
+        assert counted == n_blocks
+        assert len(passes) == 1
+
+
+def stop_at(n, command, out, step):
+    """Start n processes and stop them, all at once, when they have saved a step."""
+    group = Group(n, command)
+    while not (out / f"checkpoint-{step}").is_dir():
+        time.sleep(0.01)
+    group.kill(signal.SIGTERM)
+    return group.wait()
+
+
+def test_processes_take_over_from_each_other(workshop):  # noqa: F811
+    flags = (*SAME, "--max-steps", 40, "--eval-every", 20, "--save-every", 5)
+    whole, out = fresh(workshop.folder / "unbroken"), fresh(workshop.folder / "relay")
+    check_all(run_group(1, workshop.finetune(whole, *flags)))
+    command, done = workshop.finetune(out, *flags), 0
+    for n in (1, 2, 4):
+        ended = check_all(stop_at(n, command, out, done + 5), 143)
+        done = checkpoint.find_checkpoint(out)
+        done = int(done.name.split("-")[1]) // 5 * 5
+        assert "saved; run the same command to resume" in ended[0].out
+    ended = check_all(run_group(1, command))
+    assert "warning: not bit-identical from here: processes 1, was 4" in ended[0].err
+    assert check_same_run(whole, out) == 43
+
+
+def test_as_many_processes_resume_to_the_bit(workshop):  # noqa: F811
+    """With dropout: every process draws from a generator of its own, which the checkpoint keeps."""
+    flags = ("--dropout", "0.3", "--batch-size", 4, "--max-steps", 30, "--save-every", 5, "--eval-every", 10)
+    whole, out = fresh(workshop.folder / "unbroken-2"), fresh(workshop.folder / "resumed-2")
+    check_all(run_group(2, workshop.finetune(whole, *flags)))
+    command = workshop.finetune(out, *flags)
+    check_all(stop_at(2, command, out, 5), 143)
+    check_all(run_group(2, command))
+    assert digest_run(out, 30) == digest_run(whole, 30)
+    states = load_file(out / "checkpoint-30" / "rng_state.safetensors")
+    assert not torch.equal(states["cpu"], states["cpu.1"])
+
+
+def test_each_process_holds_its_share(workshop):  # noqa: F811
+    """Counted in the fourth step: weights, gradients and both averages."""
+    out, held = fresh(workshop.folder / "shares"), workshop.folder / "held"
+    held.mkdir(exist_ok=True)
+
+    def prepare(rank):
+        def count(model, max_norm):
+            norm = real(model, max_norm)
+            local = [getattr(p, "to_local", p.detach)().numel() for p in model.parameters()]
+            grads = [getattr(p.grad, "to_local", p.grad.detach)().numel() for p in model.parameters()]
+            whole = sum(p.numel() for p in model.parameters())
+            (held / str(rank)).write_text(json.dumps([sum(local), sum(grads), whole]))
+            return norm
+
+        real = finetune_generative.clip_gradients
+        replace(finetune_generative, "clip_gradients", count)
+
+    check_all(run_group(4, workshop.finetune(out, *SAME), prepare))
+    counts = [json.loads((held / str(rank)).read_text()) for rank in range(4)]
+    for kind in (0, 1):
+        assert sum(row[kind] for row in counts) == counts[0][2]
+        assert max(row[kind] for row in counts) <= 0.3 * counts[0][2]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_process_ends_all_and_the_same_command_resumes(workshop, amount, rank):  # noqa: F811
+    flags = (*SAME, "--batch-size", 4, "--max-steps", 40, "--save-every", 2, "--eval-every", 20)
+    whole = workshop.folder / "unbroken-kill"
+    if not whole.is_dir():
+        check_all(run_group(1, workshop.finetune(whole, *flags)))
+    rng = random.Random(SEED + rank)
+    for trial in range(amount(2, 25)):
+        out = fresh(workshop.folder / f"killed-{rank}")
+        group = Group(2, workshop.finetune(out, *flags))
+        time.sleep(rng.uniform(0.2, 2.5))
+        group.kill(rank=rank)
+        ended = group.wait(timeout=60)
+        survivor = ended[1 - rank]
+        where = f"rank {rank}, trial {trial}: {survivor.err}"
+        assert ended[rank].code == -signal.SIGKILL or ended[rank].code == 0, where
+        if ended[rank].code:
+            assert survivor.code == 3, where
+            assert len(said(ended)) == 1, where
+            assert "another process has ended" in said(ended)[0], where
+            assert "Traceback" not in survivor.err, where
+        check_all(run_group(2, workshop.finetune(out, *flags)))
+        check_same_run(whole, out)
+        assert not strays(out)
+
+
+def test_a_signal_to_all_saves_once(workshop):  # noqa: F811
+    out = fresh(workshop.folder / "signal")
+    flags = (*SAME, "--max-steps", 400, "--save-every", 5)
+    ended = check_all(stop_at(2, workshop.finetune(out, *flags), out, 5), 143)
+    assert "saved; run the same command to resume" in ended[0].out
+    assert not said(ended)
+    assert "stopped" not in ended[0].err + ended[1].err + ended[1].out
+    assert checkpoint.find_checkpoint(out)
+
+
+def test_a_signal_to_one_process_stops_all(workshop):  # noqa: F811
+    out = fresh(workshop.folder / "signal-1")
+    group = Group(2, workshop.finetune(out, *SAME, "--max-steps", 400, "--save-every", 5))
+    while not (out / "checkpoint-5").is_dir():
+        time.sleep(0.01)
+    group.kill(signal.SIGTERM, rank=1)
+    check_all(group.wait(), 143)
+
+
+def fail_in(rank, name, failure):
+    """Return a hook that makes a function fail in one process, after the forecast and a few steps."""
+
+    def prepare(own):
+        if own == rank:
+            calls = []
+            real = getattr(finetune_generative, name)
+
+            def fail(*args):
+                calls.append(1)
+                result = real(*args)
+                return failure() if len(calls) > 6 else result
+
+            replace(finetune_generative, name, fail)
+
+    return prepare
+
+
+def raise_full():
+    raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(("name", "failure", "code", "message"), [
+    ("clip_gradients", lambda: math.nan, 4, "gradient is not a finite number"),
+    ("set_lr", raise_full, 3, "no space left on device"),
+], ids=["nan", "disk"])  # fmt: skip
+def test_what_one_process_sees_ends_all_and_is_said_once(workshop, rank, name, failure, code, message):  # noqa: F811
+    out = fresh(workshop.folder / "fails")
+    ended = run_group(2, workshop.finetune(out, *SAME), fail_in(rank, name, failure))
+    assert ended[rank].code == code, ended[rank].err
+    assert ended[1 - rank].code in (3, code)
+    assert len(said(ended)) == 1, said(ended)
+    assert message in said(ended)[0]
+    assert "Traceback" not in "".join(process.err for process in ended)
+
+
+def test_a_refusal_is_said_once(workshop, undisturbed):  # noqa: F811
+    ended = run_group(2, workshop.finetune(undisturbed, "--max-steps", 7))
+    assert {process.code for process in ended} <= {2, 3}
+    assert len(said(ended)) == 1
+    assert "resume: --max-steps 7 but the run has 6" in said(ended)[0]
+
+
+def test_a_batch_smaller_than_the_processes_is_refused(workshop):  # noqa: F811
+    out = fresh(workshop.folder / "small")
+    ended = check_all(run_group(4, workshop.finetune(out, "--batch-size", 3)), 2)
+    assert said(ended) == ["error: --batch-size 3 is less than the 4 processes; use a larger one, or fewer"]
+    assert not out.exists()
+
+
+def test_other_numbers_are_refused_where_bits_were_asked_for(workshop):  # noqa: F811
+    out = fresh(workshop.folder / "deterministic")
+    flags = (*SAME, "--deterministic", "--max-steps", 400, "--save-every", 5)
+    check_all(stop_at(2, workshop.finetune(out, *flags), out, 5), 143)
+    ended = check_all(run_group(1, workshop.finetune(out, *flags)), 2)
+    assert "resume: the run has 2 processes, now 1" in said(ended)[0]
+
+
+def test_a_process_that_hangs_is_waited_for_as_long_as_allowed(workshop):  # noqa: F811
+    out = fresh(workshop.folder / "hangs")
+    group = Group(2, workshop.finetune(out, *SAME, "--max-steps", 400, "--process-timeout", 3))
+    while not (out / "checkpoint-2").is_dir():
+        time.sleep(0.01)
+    group.kill(signal.SIGSTOP, rank=1)
+    waiting = group.children[0].wait(timeout=60)
+    group.kill(rank=1)
+    assert waiting.code == 3, waiting.err
+    assert "error: another process does not answer" in waiting.err
+    assert "Traceback" not in waiting.err
+
+
+def test_torchrun(workshop):  # noqa: F811
+    """The real launcher: a run of two processes; then a refusal, said once by the script."""
+    out = fresh(workshop.folder / "torchrun")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port)]
+    script, argv = workshop.finetune(out, *SAME)
+    command = [*launcher, f"{script}.py", *map(str, argv)]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=180)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.count("best model: ") == 1
+    assert read_json(out / "run_config.json")["machine"]["processes"] == 2
+    again = subprocess.run([*command, "--max-steps", "9"], cwd=ROOT, capture_output=True, text=True, timeout=180)
+    assert again.returncode == 1
+    assert again.stderr.count("error: resume: --max-steps 9") == 1
