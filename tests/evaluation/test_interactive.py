@@ -135,6 +135,7 @@ class Terminal:
         return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
 
 
+@pytest.mark.slow
 def test_a_terminal_of_80_columns(large):
     """Two texts side by side; one Ctrl-C ends a text, one at the prompt the program."""
     terminal = Terminal(sys.executable, str(ROOT / "generate_text.py"), "--interactive", "--max-new-tokens", "20000",
