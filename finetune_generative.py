@@ -397,4 +397,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    run(main, args, may_speak=parallel.may_speak)
+    run(main, args, may_speak=parallel.claim_error_line)

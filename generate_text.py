@@ -48,7 +48,7 @@ def parse_args(argv=None):
     add("--to-file", type=Path, metavar="FILE", help="write the fine-tuned model's text for one --prompt here")
     add("--words", type=number(int, 1, 1_000_000), metavar="N",
         help="end that text with the sentence that reaches N words, instead of --max-new-tokens")  # fmt: skip
-    add("--interactive", action="store_true", help="type openings and watch both models continue them")
+    add("--interactive", action="store_true", help="type prompts and watch both models continue them")
     add = parser.add_argument_group("decoding, as in transformers' generate()").add_argument
     add("--max-new-tokens", type=number(int, 1, MAX_TOKENS), default=75,
         help="tokens per sample; may be more than the model's context")  # fmt: skip

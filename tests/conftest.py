@@ -52,7 +52,7 @@ def replace(owner, name, new, set_attribute=setattr):
 def run_script(name):
     """Run a script's main with the command line in sys.argv, as the script itself does."""
     module = importlib.import_module(name)
-    may_speak = parallel.may_speak if name == "finetune_generative" else None
+    may_speak = parallel.claim_error_line if name == "finetune_generative" else None
     run(lambda: module.main(module.parse_args()), may_speak=may_speak)
 
 

@@ -59,6 +59,13 @@ class Group:
         """Return what each process has ended with."""
         return [child.wait(timeout) for child in self.children]
 
+    def wait_for(self, path, timeout=60):
+        """Wait until the processes have made a file or folder."""
+        until = time.monotonic() + timeout
+        while not path.exists():
+            assert time.monotonic() < until, f"{path} was not made"
+            time.sleep(0.01)
+
     def kill(self, number=signal.SIGKILL, rank=None):
         for child in self.children if rank is None else [self.children[rank]]:
             child.kill(number)
@@ -170,8 +177,7 @@ def test_every_block_is_trained_on_once_in_as_many_passes_as_elsewhere(monkeypat
 def stop_at(n, command, out, step):
     """Start n processes and stop them, all at once, when they have saved a step."""
     group = Group(n, command)
-    while not (out / f"checkpoint-{step}").is_dir():
-        time.sleep(0.01)
+    group.wait_for(out / f"checkpoint-{step}")
     group.kill(signal.SIGTERM)
     return group.wait()
 
@@ -205,27 +211,36 @@ def test_as_many_processes_resume_to_the_bit(workshop):  # noqa: F811
 
 
 def test_each_process_holds_its_share(workshop):  # noqa: F811
-    """Counted in the fourth step: weights, gradients and both averages."""
+    """Counted: weights and gradients in the last step, AdamW's two averages when they are saved."""
     out, held = fresh(workshop.folder / "shares"), workshop.folder / "held"
     held.mkdir(exist_ok=True)
 
+    def write_down(rank, what, tensors):
+        n_held = sum(getattr(tensor, "to_local", tensor.detach)().numel() for tensor in tensors)
+        (held / f"{what}-{rank}").write_text(str(n_held))
+
     def prepare(rank):
-        def count(model, max_norm):
-            norm = real(model, max_norm)
-            local = [getattr(p, "to_local", p.detach)().numel() for p in model.parameters()]
-            grads = [getattr(p.grad, "to_local", p.grad.detach)().numel() for p in model.parameters()]
-            whole = sum(p.numel() for p in model.parameters())
-            (held / str(rank)).write_text(json.dumps([sum(local), sum(grads), whole]))
+        def clip(model, max_norm):
+            norm = clip_gradients(model, max_norm)
+            write_down(rank, "weights", model.parameters())
+            write_down(rank, "gradients", [p.grad for p in model.parameters()])
             return norm
 
-        real = finetune_generative.clip_gradients
-        replace(finetune_generative, "clip_gradients", count)
+        def save(model, optimizer, path):
+            for key in ("exp_avg", "exp_avg_sq"):
+                write_down(rank, key, [optimizer.state[p][key] for p in model.parameters()])
+            save_optimizer(model, optimizer, path)
+
+        clip_gradients, save_optimizer = finetune_generative.clip_gradients, checkpoint.save_optimizer
+        replace(finetune_generative, "clip_gradients", clip)
+        replace(checkpoint, "save_optimizer", save)
 
     check_all(run_group(4, workshop.finetune(out, *SAME), prepare))
-    counts = [json.loads((held / str(rank)).read_text()) for rank in range(4)]
-    for kind in (0, 1):
-        assert sum(row[kind] for row in counts) == counts[0][2]
-        assert max(row[kind] for row in counts) <= 0.3 * counts[0][2]
+    whole = sum(tensor.numel() for tensor in load_file(out / "model.safetensors").values())
+    for what in ("weights", "gradients", "exp_avg", "exp_avg_sq"):
+        counts = [int((held / f"{what}-{rank}").read_text()) for rank in range(4)]
+        assert sum(counts) == whole, what
+        assert max(counts) <= 0.3 * whole, what
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -238,17 +253,19 @@ def test_a_killed_process_ends_all_and_the_same_command_resumes(workshop, amount
     for trial in range(amount(2, 25)):
         out = fresh(workshop.folder / f"killed-{rank}")
         group = Group(2, workshop.finetune(out, *flags))
-        time.sleep(rng.uniform(0.2, 2.5))
+        if trial % 2:  # while it starts; else at a save or soon after it, long before the end
+            time.sleep(rng.uniform(0.1, 1))
+        else:
+            group.wait_for(out / f"checkpoint-{rng.randrange(2, 20, 2)}")
+            time.sleep(rng.uniform(0, 0.1))
         group.kill(rank=rank)
         ended = group.wait(timeout=60)
         survivor = ended[1 - rank]
         where = f"rank {rank}, trial {trial}: {survivor.err}"
-        assert ended[rank].code == -signal.SIGKILL or ended[rank].code == 0, where
-        if ended[rank].code:
-            assert survivor.code == 3, where
-            assert len(said(ended)) == 1, where
-            assert "another process has ended" in said(ended)[0], where
-            assert "Traceback" not in survivor.err, where
+        assert (ended[rank].code, survivor.code) == (-signal.SIGKILL, 3), where
+        assert len(said(ended)) == 1, where
+        assert "another process has ended" in said(ended)[0], where
+        assert "Traceback" not in survivor.err, where
         check_all(run_group(2, workshop.finetune(out, *flags)))
         check_same_run(whole, out)
         assert not strays(out)
@@ -267,8 +284,7 @@ def test_a_signal_to_all_saves_once(workshop):  # noqa: F811
 def test_a_signal_to_one_process_stops_all(workshop):  # noqa: F811
     out = fresh(workshop.folder / "signal-1")
     group = Group(2, workshop.finetune(out, *SAME, "--max-steps", 400, "--save-every", 5))
-    while not (out / "checkpoint-5").is_dir():
-        time.sleep(0.01)
+    group.wait_for(out / "checkpoint-5")
     group.kill(signal.SIGTERM, rank=1)
     check_all(group.wait(), 143)
 
@@ -335,8 +351,7 @@ def test_other_numbers_are_refused_where_bits_were_asked_for(workshop):  # noqa:
 def test_a_process_that_hangs_is_waited_for_as_long_as_allowed(workshop):  # noqa: F811
     out = fresh(workshop.folder / "hangs")
     group = Group(2, workshop.finetune(out, *SAME, "--max-steps", 400, "--process-timeout", 3))
-    while not (out / "checkpoint-2").is_dir():
-        time.sleep(0.01)
+    group.wait_for(out / "checkpoint-2")
     group.kill(signal.SIGSTOP, rank=1)
     waiting = group.children[0].wait(timeout=60)
     group.kill(rank=1)

@@ -187,10 +187,10 @@ def read_segments(
 
     Books marked for validation are kept whole, and then all others are for training.
     """
-    whole, offset = any(book.validation for book in books), 0
-    n_chars = sum(book.n_chars for book in books)
-    spans = [] if whole else choose_chapters(books, val_split, seed)
-    spans = spans or ([] if whole else choose_validation_spans(n_chars, val_split, seed))
+    spans, offset = [], 0
+    if not any(book.validation for book in books):
+        n_chars = sum(book.n_chars for book in books)
+        spans = choose_chapters(books, val_split, seed) or choose_validation_spans(n_chars, val_split, seed)
     for index, book in enumerate(books):
         text, again = read_book(book.path, encoding, faults=faults)
         if again.sha256 != book.sha256:

@@ -17,7 +17,13 @@ from utils.evaluation import ngrams, stylometry
 from utils.evaluation.columns import Column
 from utils.evaluation.generation import Decoding
 from utils.evaluation.loss import blocks_per_pass, cut_blocks, measure_gain, score_blocks, summarize_loss
-from utils.evaluation.memorization import COVERED_WORDS, default_copy_rate, measure_coverage, measure_extraction
+from utils.evaluation.memorization import (
+    COVERED_LETTERS,
+    COVERED_WORDS,
+    default_copy_rate,
+    measure_coverage,
+    measure_extraction,
+)
 from utils.evaluation.style import MIN_WINDOWS, BookMeasures, compare_style, describe_lack, judge_style, sample_book
 
 MODELS = ("base", "finetuned")
@@ -99,14 +105,14 @@ def compare_texts(
     train, (book, is_whole) = data.ids("train"), sample_book(data, tokenizer)
     joined = {name: "\n".join(column.texts) for name, column in columns.items()} | {"book": book}
     book_words = stylometry.split_words(book)
-    # A letter of Chinese and the like is about half a word.
-    shortest = COVERED_WORDS * (1 + stylometry.is_unspaced(book_words))
+    unspaced = stylometry.is_unspaced(book_words)
+    shortest = COVERED_LETTERS if unspaced else COVERED_WORDS
     other_language = stylometry.is_other_language(stylometry.split_words(control), book_words)
     control = "" if other_language else control
     # Longer text has fewer new words: equal amounts are compared.
     fewest = min((len(column.ids) for column in columns.values() if column.ids), default=0)
     fields = {
-        "unspaced": shortest > COVERED_WORDS,
+        "unspaced": unspaced,
         "other_language": other_language,
         "copy_rate": {name: ngrams.ngram_overlap(column.ids, train) for name, column in columns.items()},
         "longest_copy": {name: describe_longest(column.ids, data, tokenizer) for name, column in columns.items()},

@@ -228,7 +228,7 @@ def generate_ids(
     """Continue prompts (token ids of any lengths) in one batch, each with its own seed; the model's mode is restored.
 
     A row that reaches the model's context keeps its last half and is read again from there, as often as needed. When
-    depends on the row's own length only.
+    this happens depends on the row's own length only.
 
     Args:
         eos_token_id: ends a sample, and pads the rows on their left.

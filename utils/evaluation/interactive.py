@@ -1,4 +1,4 @@
-"""Type an opening and watch the base and the fine-tuned model continue it side by side, with copied spans marked."""
+"""Type a prompt and watch the base and the fine-tuned model continue it side by side, with copied spans marked."""
 
 import contextlib
 import itertools
@@ -24,7 +24,7 @@ COPIED = "bold underline"  # and in brackets, for a terminal without styles
 
 
 class Interrupt:
-    """Ctrl-C: ends the text that is being written; at the prompt, or the second time, raises KeyboardInterrupt."""
+    """Ctrl-C: ends the text that is being written; the second time, or without one, raises KeyboardInterrupt."""
 
     def __init__(self) -> None:
         self.is_writing = self.is_stopped = False
@@ -44,16 +44,16 @@ def converse(
     index: NgramIndex | None,
     seed: int,
 ) -> None:
-    """Read openings until they end, or Ctrl-C, and continue each with every model.
+    """Read prompts until they end, or Ctrl-C, and continue each with every model.
 
     On a terminal the texts grow side by side; elsewhere they are printed one after the other.
 
     Args:
         names: of the models.
-        encode: returns the ids of an opening; UserError if it cannot be continued.
+        encode: returns the ids of a prompt; UserError if it cannot be continued.
         generate: writes a text as generate(name, ids, seed, watch), see generation.generate_ids; returns its ids.
         index: n-grams of training to mark; None marks nothing.
-        seed: of the first opening; that of the next is one higher.
+        seed: of the first prompt; that of the next is one higher.
     """
     interrupt, console = Interrupt(), Console(highlight=False, markup=False, emoji=False)
     is_screen = all(stream and stream.isatty() for stream in (sys.stdin, sys.stdout)) and not console.is_dumb_terminal
@@ -62,18 +62,18 @@ def converse(
     try:
         say_hello(index)
         for number in itertools.count(seed):
-            opening = read_opening(is_screen)
-            if opening is None:
+            prompt = read_prompt(is_screen)
+            if prompt is None:
                 break
             try:
-                ids = encode(opening)
+                ids = encode(prompt)
             except UserError as error:
                 print(f"error: {error}", file=sys.stderr, flush=True)
                 continue
             interrupt.is_writing, interrupt.is_stopped = True, False
             texts = Writing(names, generate, ids, number % 2**32, interrupt)
             show = show_columns if is_screen else show_plain
-            show(texts, lambda new: mark_copied(new, index, tokenizer), console, opening)
+            show(texts, lambda new: mark_copied(new, index, tokenizer), console, prompt)
             interrupt.is_writing = False
     except KeyboardInterrupt:
         print()
@@ -83,7 +83,7 @@ def converse(
 
 def say_hello(index: NgramIndex | None) -> None:
     """Print how to use it, in lines of 80 columns."""
-    print("Type an opening: both models continue it. Ctrl-C ends a text, or the program.")
+    print("Type a prompt: both models continue it. Ctrl-C ends a text, or the program.")
     if index:
         print(f"[Brackets] hold {index.length} or more tokens that stand so in the training text.")
     else:
@@ -91,13 +91,13 @@ def say_hello(index: NgramIndex | None) -> None:
     print(flush=True)
 
 
-def read_opening(is_screen: bool) -> str | None:
+def read_prompt(is_screen: bool) -> str | None:
     """Read a line; None at the end of the input."""
     if is_screen:
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401 - optional: lets the line be edited
         try:
-            return input("opening> ")
+            return input("prompt> ")
         except EOFError:
             print()
             return None
@@ -122,16 +122,16 @@ class Writing:
         self.new[name] = self.generate(name, self.ids, self.seed, watch)[0]
 
 
-def show_plain(texts: Writing, mark: Callable, _console: Console, opening: str) -> None:
+def show_plain(texts: Writing, mark: Callable, _console: Console, prompt: str) -> None:
     """Print the models' texts one after the other."""
-    print(f"opening: {make_printable(opening)}")
+    print(f"prompt: {make_printable(prompt)}")
     for name in texts.new:
         texts.write(name)
         print(f"[{NAMES[name]}]\n{mark(texts.new[name]).plain.strip(chr(10))}", flush=True)
     print(flush=True)
 
 
-def show_columns(texts: Writing, mark: Callable, console: Console, _opening: str) -> None:
+def show_columns(texts: Writing, mark: Callable, console: Console, _prompt: str) -> None:
     """Show the last lines of the texts while they grow, and the whole texts at their end."""
     live = Live(console=console, transient=True, auto_refresh=False)
     with without_echo(), ThreadPoolExecutor(len(texts.new)) as pool, live:

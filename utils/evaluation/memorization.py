@@ -18,7 +18,7 @@ MONITOR_TOKENS = 64  # of a prompt and its continuation: a quarter and three qua
 N_WINDOWS = 200  # of validation text, as long as a continuation, show how much the author copies
 # A book repeats its own phrases, so a rate up to this multiple of its validation text's is not copying.
 COPY_FACTOR, MIN_COPY_RATE = 3, 0.01
-COVERED_WORDS = 5  # the shortest span that covers words of the book
+COVERED_WORDS, COVERED_LETTERS = 5, 10  # the shortest span that covers a book; a letter of Chinese is half a word
 SAMPLE_COUNTS, MOST_SAMPLES = (1, 100, 10_000), 10**12
 
 

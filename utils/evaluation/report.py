@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from utils.evaluation.memorization import COVERED_LETTERS, COVERED_WORDS
+
 FORMAT = 1
 NAMES = {"base": "base model", "finetuned": "fine-tuned model", "reference": "author (reference)"}
 INTERVAL = "{value:.3f} [{low:.3f}, {high:.3f}]"
@@ -128,6 +130,7 @@ def _list_figures(report: Report) -> list[tuple[str, str, str, dict[str, Any]]]:
         "share, found in the training text",
     )
     gain = "bits per byte less than the base model"
+    shortest = COVERED_LETTERS if report.unspaced else COVERED_WORDS
     return [
         ("validation text: loss, nats per token", lower, "{:.4f}", pick(book, "eval/loss")),
         ("validation text: perplexity", lower, "{:.2f}", pick(book, "eval/perplexity")),
@@ -152,7 +155,7 @@ def _list_figures(report: Report) -> list[tuple[str, str, str, dict[str, Any]]]:
         ("tokens in n-grams of 32+", found, "{:.2%}", pick(report.copy_rate, "32")),
         ("longest copied span", "tokens", "{:,}", pick(report.longest_copy, "tokens")),
         ("longest copied span, in words", "words", "{:,}", pick(report.coverage, "longest_words")),
-        ("book covered by the samples", f"share of words, in spans of {10 if report.unspaced else 5}+", "{:.2%}",
+        ("book covered by the samples", f"share of words, in spans of {shortest}+", "{:.2%}",
          pick(report.coverage, "covered")),
         ("continued verbatim, training", "share of blocks", "{:.0%}", pick(train, "exact_match")),
         ("tokens before a difference, training", "mean", "{:.2f}", pick(train, "mean_matched")),

@@ -24,7 +24,7 @@ PARAGRAPH_END = regex.compile(r"\n(?:[^\S\n]*\n)+")
 # With fewer words, even the rates of the most frequent ones are mostly chance.
 MIN_WORDS = 1500
 N_FREQUENT = 150  # words that Delta counts
-# They make up half of other texts of their language, and a tenth at most of texts of another one.
+# Least share of them in general text of the same language: of English books in English text, 0.46 to 0.57.
 MIN_SHARED = 0.15
 WINDOW_WORDS = 500  # the book's own variation is measured between windows of this length
 N_SHOWN = 15

@@ -150,7 +150,7 @@ def forecast_run(
     Args:
         optimizer: of the run, before its state is restored.
         first_step: steps already done.
-        forward_backward: the loop's function of model, input_ids and number of blocks.
+        forward_backward: the loop's function of model, input_ids and share of the step's blocks.
     """
     n_left = setup.max_steps - first_step
     with keep_random_state(setup.device):

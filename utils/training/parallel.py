@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM
 
 from utils.errors import EXIT_MACHINE, UserError, lost_process
 
-SPEAKER = "speaker"  # the store's key for the process whose error is printed
+SPEAKER = "speaker"  # the store's key for the process whose error line is printed
 _store = None
 
 
@@ -38,14 +38,14 @@ def joined(device: torch.device, timeout: int) -> Iterator[torch.device]:
         UserError: the devices are too few; or (exit status 3) another process has ended or does not answer.
     """
     device = _join(device, timeout)
-    try:  # an error leaves the others as it finds them: they notice
+    try:
         yield device
     except Exception as error:
         reason = None if isinstance(error, UserError) else lost_process(error)
         if reason is None:
             raise
         raise UserError(f"{reason}; run the same command to resume", EXIT_MACHINE) from error
-    if size() > 1:
+    if size() > 1:  # not after an error: leaving in order would wait for the others, who notice that it has ended
         dist.destroy_process_group()
 
 
@@ -84,8 +84,8 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def may_speak() -> bool:
-    """Return whether this process is the first that ends with an error: what one has seen is said once."""
+def claim_error_line() -> bool:
+    """Claim the one error line of all processes; return whether this process is the first that does."""
     if _store is None:
         return os.environ.get("RANK", "0") == "0"  # all processes fail alike before they have met
     try:
@@ -137,11 +137,6 @@ def sum_over(tensor: torch.Tensor) -> torch.Tensor:
     if size() > 1:
         dist.all_reduce(tensor)
     return tensor
-
-
-def any_of(flag: object) -> bool:
-    """Return whether the flag is true in any process."""
-    return bool(_reduce(int(bool(flag)), dist.ReduceOp.MAX))
 
 
 def least(value: int) -> int:
