@@ -1,11 +1,12 @@
-# make demo · make test · make lint · make bench · make soak      (PYTHON=python3.12 make demo picks another Python)
+# make demo · make test · make lint · make bench · make bench-gpu · make soak
+# PYTHON=python3.12 make demo picks another Python.
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.installed
 BASE := results/base_model
 FINETUNED := results/checkpoints/finetuned_model
 
-.PHONY: demo test soak bench lint clean
+.PHONY: demo test soak bench bench-gpu lint clean
 
 demo: $(READY)
 	$(BIN)/python prepare_data.py --model-name $(BASE)
@@ -35,6 +36,10 @@ soak: $(READY)
 bench: $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r benchmarks/requirements.txt
 	$(BIN)/python -m benchmarks.run
+
+# On a machine with an NVIDIA GPU and a PyTorch for it; PYTHON names the Python that has both. About five minutes.
+bench-gpu:
+	$(PYTHON) -m benchmarks.gpu
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from utils.argument_types import auto_or, device_name, number
 from utils.cli import Parser, StopSignal, check_processes, ignore_signals, parse_first, print_table, run
-from utils.errors import UserError, explain_failures, require_finite, warn
+from utils.errors import UserError, explain_failures, warn
 
 # Flags that do not shape the result: a run may be resumed with other values of these.
 FREE_FLAGS = {
@@ -103,7 +103,7 @@ from utils.training import checkpoint as checkpoints
 from utils.training import parallel
 from utils.training.forecast import choose_micro_batch, forecast_run
 from utils.training.metrics import MetricsLog, write_results, write_run_config
-from utils.training.optim import build_optimizer, build_schedule, clip_gradients, set_lr
+from utils.training.optim import StepFigures, build_optimizer, build_schedule, clip_gradients, set_lr
 from utils.training.setup import TrainingSetup, keep_freed_memory
 
 
@@ -170,8 +170,7 @@ def load_model(args, data, base, folder, checkpoint, device):
     else:
         model, tokenizer = loading.load_pair(folder or locate_model(base), dropout=args.dropout, empty=empty)
         if fingerprint_tokenizer(tokenizer) != data.manifest["tokenizer"]["sha256"]:
-            advice = f"run prepare_data.py --model-name {base}"
-            raise UserError(f"data was made with another tokenizer than {base}'s; {advice}")
+            raise UserError(f"data has another tokenizer than {base}'s; run prepare_data.py --model-name {base}")
     loading.check_fit(model, data)
     use_fast_layers(model, device, args.compile)
     if args.gradient_checkpointing:
@@ -222,8 +221,7 @@ def resume_run(setup, model, optimizer, state, checkpoint):
 
 def forward_backward(model, input_ids, share):
     """Add a micro-batch's gradients, weighted by its share of the step's blocks; return its share of the loss."""
-    loss = model(input_ids=input_ids, labels=input_ids, use_cache=False).loss  # shifts inside
-    loss = loss * share
+    loss = model(input_ids=input_ids, labels=input_ids, use_cache=False).loss * share  # shifts inside
     loss.backward()
     return loss.detach()
 
@@ -231,38 +229,40 @@ def forward_backward(model, input_ids, share):
 def train(setup, save_every, model, tokenizer, data, optimizer, state):
     """Run the loop; return 0 when the run is finished, else the number of the signal that stopped it."""
     stopping, started, resumed_at = parallel.AgreedSignal(StopSignal()), time.monotonic() - state.seconds, state.step
-    log = MetricsLog(setup.output_dir, state.step, state.evaluated_step, setup.report_to == "tensorboard")
+    out, clock = setup.output_dir, (time.monotonic(), state.tokens)  # since when the speed is measured
+    log = MetricsLog(out, state.step, state.evaluated_step, setup.report_to == "tensorboard")
     # A generator of its own: a DataLoader without one draws from the generator that dropout uses.
     mine = map(parallel.share, setup.order.batches(state.step, setup.max_steps))
     loader = DataLoader(data.train, sampler=mine, batch_size=None,
                         num_workers=setup.num_workers, pin_memory=setup.device.type == "cuda",
                         generator=torch.Generator(), worker_init_fn=ignore_signals)  # fmt: skip
-    batches = iter(loader)
+    batches, figures = iter(loader), StepFigures(model.device)
     model.train()
     with tqdm(total=setup.max_steps, initial=state.step, unit="step", desc="training") as bar, closing(log):
         while True:  # nothing else advances state.step
             last = state.step >= setup.max_steps
             due = last or state.step % setup.eval_every == 0
             if due and state.evaluated_step != state.step:  # 1 evaluate; step 0 measures the base model
+                figures.read()
                 result = evaluate(setup, model, data, stopping)
                 if result is not None:  # None: a signal came; the resumed run evaluates this step
                     if state.record_evaluation(result, setup.copy_monitor.limit):
-                        checkpoints.save_best(setup.output_dir, model, tokenizer, loading.DTYPES[setup.save_dtype])
+                        checkpoints.save_best(out, model, tokenizer, loading.DTYPES[setup.save_dtype])
                     log.write(state.step, result)
                     tqdm.write(f"step {state.step}: {describe_result(result)}{draw_sample(setup, model, tokenizer)}")
                     last = last or state.evals_without_gain == setup.early_stopping_patience
             state.seconds, state.finished = time.monotonic() - started, last and state.evaluated_step == state.step
             last = last or bool(stopping)
-            if last or (state.step % save_every == 0 and state.step > resumed_at):  # 2 save
+            saves = last or (state.step % save_every == 0 and state.step > resumed_at)
+            if saves:  # 2 save
+                figures.read()
                 log.sync()
-                checkpoints.save_checkpoint(
-                    setup.output_dir, model, tokenizer, optimizer, state, setup.keep_checkpoints
-                )
+                checkpoints.save_checkpoint(out, model, tokenizer, optimizer, state, setup.keep_checkpoints)
             if last:  # 3 stop
                 break
-            step_started = time.monotonic()
-            lr = setup.schedule(state.step)  # 4 learning rate
-            set_lr(optimizer, lr)
+            if due or saves:
+                clock = (time.monotonic(), state.tokens)
+            lr = set_lr(optimizer, setup.schedule(state.step))  # 4 learning rate
             step_batches = setup.order.step_batches(state.step)
             n_blocks = sum(map(len, step_batches))
             mean_loss = torch.zeros((), device=model.device)
@@ -272,18 +272,19 @@ def train(setup, save_every, model, tokenizer, data, optimizer, state):
                     for input_ids, count in parallel.split_passes(batch, len(blocks), setup.micro_batch_size):
                         mean_loss += forward_backward(model, input_ids, count / n_blocks)
             grad_norm = clip_gradients(model, setup.max_grad_norm)
-            train_loss = parallel.sum_over(mean_loss).item()
-            # 6 refuse NaN before it reaches the weights
-            require_finite(f"{state.step + 1} (lr {lr:g})", loss=train_loss, gradient=grad_norm)
+            # 6 refuse NaN before it reaches the weights: decided on the device, so that the loop does not wait for it
+            figures.note(optimizer, state.step + 1, parallel.sum_over(mean_loss), grad_norm)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             state.step += 1  # 7 count, then log
             state.tokens += n_blocks * data.block_size
-            speed = n_blocks * data.block_size / (time.monotonic() - step_started)
             if state.step % setup.log_every == 0:
-                figures = {"loss": train_loss, "lr": lr, "grad_norm": grad_norm, "tokens_per_sec": round(speed, 1)}
-                log.write(state.step, {f"train/{name}": value for name, value in figures.items()})
-            bar.set_postfix_str(f"loss {train_loss:.3f}, lr {lr:.1e}, {speed:,.0f} tokens/s", refresh=False)
+                train_loss, grad_norm = figures.read()
+                now = (time.monotonic(), state.tokens)
+                speed, clock = (now[1] - clock[1]) / (now[0] - clock[0]), now
+                row = {"loss": train_loss, "lr": lr, "grad_norm": grad_norm, "tokens_per_sec": round(speed, 1)}
+                log.write(state.step, {f"train/{name}": value for name, value in row.items()})
+                bar.set_postfix_str(f"loss {train_loss:.3f}, lr {lr:.1e}, {speed:,.0f} tokens/s", refresh=False)
             bar.update()
     return 0 if state.finished else stopping.number
 
@@ -367,7 +368,6 @@ def main(args):
             return 0
         if checkpoint:
             print(f"resuming from step {state.step} of {max_steps} ({checkpoint})")
-
         model, tokenizer = load_model(args, data, base, folder, checkpoint, device)
         sample_ids = encode_prompt(tokenizer, args.sample_prompt)
         betas = (args.adam_beta1, args.adam_beta2)

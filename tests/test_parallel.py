@@ -313,7 +313,7 @@ def raise_full():
 
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize(("name", "failure", "code", "message"), [
-    ("clip_gradients", lambda: math.nan, 4, "gradient is not a finite number"),
+    ("clip_gradients", lambda: torch.tensor(math.nan), 4, "gradient is not a finite number"),
     ("set_lr", raise_full, 3, "no space left on device"),
 ], ids=["nan", "disk"])  # fmt: skip
 def test_what_one_process_sees_ends_all_and_is_said_once(workshop, rank, name, failure, code, message):  # noqa: F811

@@ -227,3 +227,42 @@ def test_padded_batches_and_generated_ids_are_the_plain_models(pair, family):
         for model in (plain, fast)
     ]
     assert torch.equal(*new)
+
+
+@pytest.mark.parametrize("width", [300, 320])
+def test_the_fused_loss_is_that_in_rows(width, monkeypatch):
+    """Also for logits that are wider than the vocabulary, whose last columns neither count nor get a gradient."""
+    torch.manual_seed(4)
+    logits, labels = torch.randn(3, 40, width), torch.randint(0, 300, (3, 40))
+    labels[1, 5:] = -100
+    losses, gradients = [], []
+    for compute in (None, layers.compute_fused):
+        leaf = logits.clone().requires_grad_()
+        losses.append(layers.next_token_loss(leaf, labels, 300, compute))
+        losses[-1].backward()
+        gradients.append(leaf.grad)
+        with torch.no_grad():
+            assert torch.equal(layers.next_token_loss(leaf, labels, 300, compute), losses[-1])
+    plain = logits[..., :300].clone().requires_grad_()
+    expected = torch.nn.functional.cross_entropy(plain[:, :-1].reshape(-1, 300), labels[:, 1:].reshape(-1))
+    expected.backward()
+    for loss, gradient in zip(losses, gradients, strict=True):
+        assert loss.item() == pytest.approx(expected.item(), abs=1e-6)
+        assert torch.allclose(gradient[..., :300], plain.grad, atol=1e-8)
+        assert not gradient[..., 300:].any()
+
+
+def test_a_gpus_output_layer_is_wider_in_training_alone(pair):
+    plain, wide = pair[0], copy.deepcopy(pair[0])
+    layers.use_fast_layers(wide, torch.device("cuda"))
+    input_ids = torch.randint(0, 300, (3, 64))
+    results = [model(input_ids=input_ids, labels=input_ids) for model in (plain, wide)]
+    assert results[1].logits.shape[-1] == 320
+    assert torch.allclose(results[1].logits[..., :300], results[0].logits, atol=1e-5)
+    for result in results:
+        result.loss.backward()
+    assert results[1].loss.item() == pytest.approx(results[0].loss.item(), abs=1e-6)
+    for expected, found in zip(plain.parameters(), wide.parameters(), strict=True):
+        assert torch.allclose(found.grad, expected.grad, rtol=1e-4, atol=1e-7)
+    with torch.no_grad():
+        assert wide.eval()(input_ids=input_ids).logits.shape[-1] == 300

@@ -3,8 +3,11 @@
 notes/03_training_loop.md has the measurements.
 """
 
+import functools
+from collections.abc import Callable
+
 import torch
-from torch.nn.functional import pad
+from torch.nn.functional import linear, pad
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.activations import NewGELUActivation
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -13,13 +16,15 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 # Rows of logits per pass: on a CPU their float32 copies stay in the cache; on a GPU fewer kernel launches count.
 CPU_ROWS, GPU_ROWS = 16, 2048
+ALIGNED = 64  # GPT-2's 50,257 logits per token make a GPU's matrix product several times slower than 50,304 do
 FAST_ATTENTION = "sdpa_fast_dropout"
 
 
 def use_fast_layers(model, device: torch.device, compiled: bool = False) -> None:
     """Replace a model's layers and loss by faster forms; weights and saved config stay as they are.
 
-    Dropout is replaced where PyTorch's is slow: on a CPU, unless the model's repeated layers are `compiled`.
+    Dropout is replaced where PyTorch's is slow: on a CPU, unless the model's repeated layers are `compiled`. On a GPU,
+    the output layer gets a width that suits its matrix units, and the loss is compiled along with the layers.
     """
     slow_dropout = device.type == "cpu" and not compiled
     for module in list(model.modules()):
@@ -34,6 +39,18 @@ def use_fast_layers(model, device: torch.device, compiled: bool = False) -> None
     if slow_dropout and model.config._attn_implementation == "sdpa":
         model.set_attn_implementation(FAST_ATTENTION)
     model.loss_function = next_token_loss
+    if device.type == "cuda":
+        head = model.get_output_embeddings()
+        if type(head) is torch.nn.Linear and head.bias is None:
+            head.forward = functools.partial(align_logits, head)
+        if compiled:
+            model.loss_function = functools.partial(next_token_loss, compute=torch.compile(compute_fused, dynamic=True))
+
+
+def align_logits(head: torch.nn.Linear, hidden: torch.Tensor) -> torch.Tensor:
+    """Return an output layer's logits, in training with columns of zeros up to a multiple of ALIGNED."""
+    extra = -head.out_features % ALIGNED if head.training else 0
+    return linear(hidden, pad(head.weight, (0, 0, 0, extra)) if extra else head.weight)
 
 
 class FastDropout(torch.nn.Dropout):
@@ -83,45 +100,73 @@ AttentionInterface.register(FAST_ATTENTION, fast_dropout_attention)
 AttentionMaskInterface.register(FAST_ATTENTION, sdpa_mask)
 
 
-def next_token_loss(logits: torch.Tensor, labels: torch.Tensor, vocab_size: int, **_options) -> torch.Tensor:
+def next_token_loss(
+    logits: torch.Tensor, labels: torch.Tensor, vocab_size: int, compute: Callable | None = None, **_options
+) -> torch.Tensor:
     """Return the mean next-token loss in nats per token, float32, as the loss_function of a transformers model.
 
     Args:
-        logits: (B, T, V), of any float type.
+        logits: (B, T, V) or wider, of any float type; columns from vocab_size on do not count.
         labels: (B, T) input_ids, unshifted; a negative one is no target.
+        compute: compute_fused, or by default compute_in_rows.
     Source: equals a log-softmax/gather scorer to 1e-5; tests/model/test_layers.py.
     """
     targets = pad(labels, (0, 1), value=-1)[:, 1:].reshape(-1)
-    return _NextTokenLoss.apply(logits.view(-1, vocab_size), targets)
+    return _NextTokenLoss.apply(logits.view(-1, logits.shape[-1]), targets, vocab_size, compute or compute_in_rows)
 
 
 class _NextTokenLoss(torch.autograd.Function):
     """Compute the gradient along with the loss, so that float32 logits exist for a few rows at a time only."""
 
     @staticmethod
-    def forward(ctx, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        rows = CPU_ROWS if logits.device.type == "cpu" else GPU_ROWS
-        gradient = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
-        loss_sum = torch.zeros((), device=logits.device)
-        n_targets = (targets >= 0).sum()
-        # One buffer for all rows: the system fills newly allocated memory with zeros each time.
-        buffer = torch.empty(min(rows, len(logits)), logits.shape[1], device=logits.device)
-        for start in range(0, len(logits), rows):
-            column = targets[start : start + rows, None]
-            weight = (column >= 0).float() / n_targets  # a block's last token has no target
-            column = column.clamp(min=0)
-            scores = buffer[: len(column)].copy_(logits[start : start + rows])
-            scores -= scores.amax(-1, keepdim=True)  # so that no exponential overflows
-            chosen = scores.gather(1, column)
-            total = scores.exp_().sum(-1, keepdim=True)
-            loss_sum -= ((chosen - total.log()) * weight).sum()
-            if gradient is not None:
-                gradient[start : start + rows] = scores.mul_(weight / total).scatter_add_(1, column, -weight)
+    def forward(ctx, logits: torch.Tensor, targets: torch.Tensor, vocab_size: int, compute: Callable) -> torch.Tensor:
+        loss, gradient = compute(logits, targets, vocab_size, ctx.needs_input_grad[0])
         ctx.save_for_backward(gradient)
-        return loss_sum
+        return loss
 
     @staticmethod
     def backward(ctx, outer: torch.Tensor):
         (gradient,) = ctx.saved_tensors
         # In place, since it is as large as the logits; autograd refuses a second backward pass over what was changed.
-        return gradient.mul_(outer), None
+        return gradient.mul_(outer), None, None, None
+
+
+def compute_in_rows(
+    logits: torch.Tensor, targets: torch.Tensor, vocab_size: int, wants_gradient: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return the loss of (N, W) logits and its gradient, a few rows at a time; None where no gradient is wanted."""
+    rows = CPU_ROWS if logits.device.type == "cpu" else GPU_ROWS
+    gradient = torch.empty_like(logits) if wants_gradient else None
+    loss_sum = torch.zeros((), device=logits.device)
+    n_targets = (targets >= 0).sum()
+    # One buffer for all rows: the system fills newly allocated memory with zeros each time.
+    buffer = torch.empty(min(rows, len(logits)), vocab_size, device=logits.device)
+    for start in range(0, len(logits), rows):
+        column = targets[start : start + rows, None]
+        weight = (column >= 0).float() / n_targets  # a block's last token has no target
+        column = column.clamp(min=0)
+        scores = buffer[: len(column)].copy_(logits[start : start + rows, :vocab_size])
+        scores -= scores.amax(-1, keepdim=True)  # so that no exponential overflows
+        chosen = scores.gather(1, column)
+        total = scores.exp_().sum(-1, keepdim=True)
+        loss_sum -= ((chosen - total.log()) * weight).sum()
+        if gradient is not None:
+            gradient[start : start + rows, vocab_size:] = 0
+            gradient[start : start + rows, :vocab_size] = scores.mul_(weight / total).scatter_add_(1, column, -weight)
+    return loss_sum, gradient
+
+
+def compute_fused(
+    logits: torch.Tensor, targets: torch.Tensor, vocab_size: int, wants_gradient: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return the same as compute_in_rows, in a form that torch.compile makes two kernels of."""
+    columns = torch.arange(logits.shape[1], device=logits.device)
+    scores = logits.float().masked_fill(columns >= vocab_size, -torch.inf)
+    weight = (targets >= 0).float() / (targets >= 0).sum()
+    column = targets.clamp(min=0)[:, None]
+    log_total = scores.logsumexp(-1, keepdim=True)
+    loss = ((log_total - scores.gather(1, column))[:, 0] * weight).sum()
+    if not wants_gradient:
+        return loss, None
+    gradient = ((scores - log_total).exp() - (columns == column).float()) * weight[:, None]
+    return loss, gradient.to(logits.dtype)

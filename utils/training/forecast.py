@@ -191,7 +191,7 @@ def time_steps(setup: TrainingSetup, model, optimizer, data, forward_backward, n
         with setup.autocast():
             forward_backward(model, blocks, 1.0)
         passed = read_clock(setup.device)
-        if math.isfinite(clip_gradients(model, setup.max_grad_norm)):
+        if clip_gradients(model, setup.max_grad_norm).isfinite():
             set_lr(optimizer, 0.0)  # else the loop refuses the gradient, and says so
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)

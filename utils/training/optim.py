@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import torch
 
+from utils.errors import require_finite
 from utils.training import parallel
 
 
@@ -24,10 +25,33 @@ def build_optimizer(
     return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=eps, fused=True)
 
 
-def clip_gradients(model, max_norm: float) -> float:
-    """Scale the gradients of a model down to a norm of max_norm at most; return their norm before."""
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
-    return parallel.gather(norm).item()
+def clip_gradients(model, max_norm: float) -> torch.Tensor:
+    """Scale the gradients of a model down to a norm of max_norm at most; return their norm before, on the device."""
+    return parallel.gather(torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm))
+
+
+class StepFigures:
+    """Loss and gradient norm of the newest step, kept on the device: a GPU works on while they are not read.
+
+    Where one is NaN or infinite, that step's figures stay, and AdamW leaves out its update and all later ones.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._kept = torch.zeros(4, device=device)
+
+    def note(self, optimizer: torch.optim.AdamW, step: int, loss: torch.Tensor, grad_norm: torch.Tensor) -> None:
+        """Take the () figures of a step before its update."""
+        lr = min(optimizer.param_groups[0]["lr"], torch.finfo(loss.dtype).max)
+        figures = torch.stack([torch.full_like(loss, step), torch.full_like(loss, lr), loss, grad_norm])
+        self._kept = torch.where(self._kept.isfinite().all(), figures, self._kept)
+        # The name under which PyTorch's GradScaler tells its optimizers to leave out an update.
+        optimizer.found_inf = 1 - self._kept.isfinite().all().float()
+
+    def read(self) -> tuple[float, float]:
+        """Wait for the device; return loss and norm, or raise UserError (exit status 4) where one is not finite."""
+        step, lr, loss, grad_norm = self._kept.tolist()
+        require_finite(f"{step:.0f} (lr {lr:g})", loss=loss, gradient=grad_norm)
+        return loss, grad_norm
 
 
 def build_schedule(kind: str, learning_rate: float, max_steps: int, warmup_ratio: float) -> Callable[[int], float]:
@@ -48,7 +72,8 @@ def build_schedule(kind: str, learning_rate: float, max_steps: int, warmup_ratio
     return schedule
 
 
-def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Set the learning rate of every parameter group."""
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> float:
+    """Set the learning rate of every parameter group, and return it."""
     for group in optimizer.param_groups:
         group["lr"] = lr
+    return lr
