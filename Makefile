@@ -39,6 +39,7 @@ bench: $(READY)
 
 # On a machine with an NVIDIA GPU and a PyTorch for it; PYTHON names the Python that has both. About five minutes.
 bench-gpu:
+	$(PYTHON) -m pytest -m gpu
 	$(PYTHON) -m benchmarks.gpu
 
 lint: $(READY)

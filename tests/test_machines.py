@@ -16,6 +16,7 @@ import finetune_generative
 from utils.evaluation import memorization, stylometry
 from utils.evaluation.generation import SeededSampling
 from utils.model import layers
+from utils.training.optim import StepFigures
 
 ROOT = Path(__file__).parent.parent
 DOUBLES = {torch.float64, torch.complex128}
@@ -145,3 +146,68 @@ def test_windows_is_refused_in_one_line(name):
     assert ran.returncode == 2
     assert ran.stdout == ""
     assert ran.stderr == "error: Windows is not supported; expected Linux or macOS, use WSL (wsl --install)\n"
+
+
+class Waits(TorchDispatchMode):
+    """Collect the operations between set_lr and StepFigures.read that make the program wait for a GPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.in_step, self.found, self.steps = False, [], 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if self.in_step and function in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
+            self.found.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def waits(script, prepared, tmp_path, monkeypatch):
+    """Run a training with the layers of a GPU, logged at every third of six steps: waits(model) -> Waits."""
+
+    def run(model):
+        watch, set_lr, read = Waits(), finetune_generative.set_lr, StepFigures.read
+        train, use_fast_layers = finetune_generative.train, finetune_generative.use_fast_layers
+        gpu = torch.device("cuda")
+
+        def set_and_watch(optimizer, lr):
+            watch.in_step, watch.steps = True, watch.steps + 1
+            return set_lr(optimizer, lr)
+
+        def read_unwatched(figures):
+            watch.in_step = False
+            return read(figures)
+
+        def train_watched(*arguments):
+            monkeypatch.setattr(finetune_generative, "set_lr", set_and_watch)
+            monkeypatch.setattr(StepFigures, "read", read_unwatched)
+            with watch:
+                return train(*arguments)
+
+        monkeypatch.setattr(finetune_generative, "train", train_watched)
+        monkeypatch.setattr(finetune_generative, "use_fast_layers",
+                            lambda model, _, compiled: use_fast_layers(model, gpu, compiled))  # fmt: skip
+        ran = script("finetune_generative", "--data-dir", prepared, "--output-dir", tmp_path / "run", "--model-name",
+                     model, "--max-steps", 6, "--log-every", 3, "--eval-every", 6, "--copy-samples", 0,
+                     "--sample-tokens", 0, "--dropout", 0.1, "--batch-size", 4, "--grad-accum-steps", 2)  # fmt: skip
+        assert ran.code == 0, ran.err
+        assert watch.steps == 6
+        return watch
+
+    return run
+
+
+@pytest.mark.parametrize("family", ["tiny_model", "llama"])
+def test_a_step_that_is_not_logged_asks_the_device_nothing(waits, family, request):
+    assert not waits(request.getfixturevalue(family)).found
+
+
+@pytest.mark.parametrize("name", ["clip_gradients", "leave_out_mask"])
+def test_a_step_that_asks_is_seen(waits, name, llama, monkeypatch):
+    """Controls: a norm that is read, and the mask that transformers makes."""
+    clip = finetune_generative.clip_gradients
+    if name == "clip_gradients":
+        monkeypatch.setattr(finetune_generative, name, lambda model, most: torch.tensor(clip(model, most).item()))
+    else:
+        monkeypatch.setattr(layers, name, lambda *_: None)
+    assert waits(llama).found

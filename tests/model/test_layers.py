@@ -5,7 +5,14 @@ import copy
 import pytest
 import torch
 from scorer import independent_loss
-from transformers import AttentionInterface, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig
+from transformers import (
+    AttentionInterface,
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    MistralConfig,
+)
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from utils.model import layers
@@ -266,3 +273,26 @@ def test_a_gpus_output_layer_is_wider_in_training_alone(pair):
         assert torch.allclose(found.grad, expected.grad, rtol=1e-4, atol=1e-7)
     with torch.no_grad():
         assert wide.eval()(input_ids=input_ids).logits.shape[-1] == 300
+
+
+def test_a_gpus_attention_has_a_mask_where_there_is_padding(pair):
+    plain, fast = pair[0].eval(), copy.deepcopy(pair[0]).eval()
+    layers.use_fast_layers(fast, torch.device("cuda"))
+    input_ids = torch.randint(0, 300, (2, 20))
+    mask = torch.ones_like(input_ids)
+    mask[0, :7] = 0
+    for options in ({"use_cache": False}, {"attention_mask": mask}, {"attention_mask": mask, "use_cache": False}, {}):
+        expected, found = (model(input_ids=input_ids, **options).logits for model in (plain, fast))
+        assert torch.allclose(found, expected, atol=1e-5), options
+    assert not torch.allclose(plain(input_ids=input_ids).logits, plain(input_ids=input_ids, attention_mask=mask).logits)
+
+
+def test_a_window_of_attention_is_left_alone():
+    config = MistralConfig(vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                           num_attention_heads=2, num_key_value_heads=1, sliding_window=4, bos_token_id=0)  # fmt: skip
+    plain = AutoModelForCausalLM.from_config(config).eval()
+    fast = copy.deepcopy(plain)
+    layers.use_fast_layers(fast, torch.device("cuda"))
+    input_ids = torch.randint(0, 300, (2, 20))
+    expected, found = (model(input_ids=input_ids, use_cache=False).logits for model in (plain, fast))
+    assert torch.allclose(found, expected, atol=1e-5)

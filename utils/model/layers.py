@@ -17,7 +17,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 # Rows of logits per pass: on a CPU their float32 copies stay in the cache; on a GPU fewer kernel launches count.
 CPU_ROWS, GPU_ROWS = 16, 2048
 ALIGNED = 64  # GPT-2's 50,257 logits per token make a GPU's matrix product several times slower than 50,304 do
-FAST_ATTENTION = "sdpa_fast_dropout"
+FAST_ATTENTION, CAUSAL_ATTENTION = "sdpa_fast_dropout", "sdpa_causal"
+CAUSAL_FAMILIES = {"gpt2", "llama"}  # without windows and position biases: nothing but the future is hidden
 
 
 def use_fast_layers(model, device: torch.device, compiled: bool = False) -> None:
@@ -43,8 +44,19 @@ def use_fast_layers(model, device: torch.device, compiled: bool = False) -> None
         head = model.get_output_embeddings()
         if type(head) is torch.nn.Linear and head.bias is None:
             head.forward = functools.partial(align_logits, head)
+        if model.config.model_type in CAUSAL_FAMILIES and model.config._attn_implementation == "sdpa":
+            model.register_forward_pre_hook(leave_out_mask, with_kwargs=True)
         if compiled:
             model.loss_function = functools.partial(next_token_loss, compute=torch.compile(compute_fused, dynamic=True))
+
+
+def leave_out_mask(model, args: tuple, options: dict) -> None:
+    """Choose the attention of a forward pass: without padding and cache, one that needs no mask.
+
+    transformers looks for packed sequences before it makes a mask, and waits for the GPU to see the answer.
+    """
+    needs_mask = options.get("attention_mask") is not None or options.get("use_cache", True)
+    model.config._attn_implementation = "sdpa" if needs_mask else CAUSAL_ATTENTION
 
 
 def align_logits(head: torch.nn.Linear, hidden: torch.Tensor) -> torch.Tensor:
@@ -98,6 +110,7 @@ def fast_dropout_attention(module, query, key, value, attention_mask, dropout=0.
 # A name of its own: under "sdpa" it would replace the attention of every model in the process.
 AttentionInterface.register(FAST_ATTENTION, fast_dropout_attention)
 AttentionMaskInterface.register(FAST_ATTENTION, sdpa_mask)
+AttentionInterface.register(CAUSAL_ATTENTION, sdpa_attention_forward)  # and no mask for it
 
 
 def next_token_loss(
