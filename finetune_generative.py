@@ -58,7 +58,7 @@ def parse_args(argv=None):
     add("--save-every", type=positive, help="steps between checkpoints (default: --eval-every; more if saving is slow)")
     add("--keep-checkpoints", type=positive, default=2, help="newest checkpoints to keep")
     add("--save-dtype", choices=["fp32", "bf16"], default="fp32", help="number type of the best model's weights file")
-    add("--log-every", type=positive, default=1, help="steps between lines of metrics.jsonl")
+    add("--log-every", type=positive, default=1, help="steps between lines of metrics.jsonl; a GPU waits there")
     add("--report-to", choices=["none", "tensorboard"], default="none", help="also write metrics there")
     add("--sample-prompt", default="The old house", help="prompt to continue at each evaluation")
     add("--sample-tokens", type=number(int, 0, 1_000_000), default=40, help="tokens of that sample; 0 for none")

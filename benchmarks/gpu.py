@@ -1,4 +1,4 @@
-"""GPU: training, generation and memory of GPT-2 124M on one NVIDIA GPU; writes benchmarks/gpu.json.
+"""GPU: training, generation and memory of GPT-2 124M on one NVIDIA GPU; writes gpu.json and README.md here.
 
 python -m benchmarks.gpu          everything, about five minutes on an H100
 python -m benchmarks.gpu --quick  tiny models on any device; prints, writes nothing
@@ -25,7 +25,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
 
 from benchmarks.forecast import SHAPE
-from benchmarks.run import describe_machine
+from benchmarks.run import HERE, describe_machine, write_page
 from benchmarks.training import TINY, FakeBlocks
 from finetune_generative import forward_backward
 from utils.evaluation.generation import Decoding, generate_ids
@@ -34,7 +34,7 @@ from utils.model.loading import autocast, count_parameters, pick_device, set_det
 from utils.training.forecast import choose_micro_batch
 from utils.training.optim import StepFigures, build_optimizer, clip_gradients
 
-RESULTS = Path(__file__).parent / "gpu.json"
+RESULTS = HERE / "gpu.json"
 BLOCKS, TOKENS, WARM_UP, TIMED = (128, 1024), 65_536, 3, 10
 VARIANTS = ("this project, --compile", "this project", "this project, --deterministic",
             "this project, --compile --dropout 0", "plain loop, compiled", "Trainer, bf16, compiled")  # fmt: skip
@@ -258,6 +258,8 @@ def main() -> None:
         for each in figures.values():
             each["mfu"] = peak and each["flops"] / peak
         keep("training", {variant: figures})
+    if not args.quick:
+        (HERE / "README.md").write_text(write_page(json.loads((HERE / "results.json").read_text())))
 
 
 if __name__ == "__main__":

@@ -64,6 +64,29 @@ def show_in_readme(results: dict) -> None:
     path.write_text(f"{before}<!-- benchmarks -->\n{table}\n<!-- /benchmarks -->{after}", encoding="utf-8")
 
 
+def list_gpu() -> list[str]:
+    """Return the lines of what benchmarks.gpu measured, if it has."""
+    if not (HERE / "gpu.json").is_file():
+        return []
+    gpu = json.loads((HERE / "gpu.json").read_text())
+    versions, sampled, said = gpu["machine"]["versions"], gpu["generation_tokens_per_second"], gpu["forecast"]
+    lines = ["", "## GPU, GPT-2 124M, 65,536 tokens per step, dropout 0.1", "",
+             f"`make bench-gpu`, {gpu['device']}; torch {versions['torch']}, transformers {versions['transformers']}. "
+             f"MFU is the share of {gpu['peak_flops'] / 1e12:.0f} TFLOPS, the data sheet's dense bf16 rate; a single "
+             f"product of 8,192 x 8,192 matrices reaches {gpu['measured_flops'] / 1e12:.0f} TFLOPS here.", "",
+             "| variant | block | tokens/s | TFLOPS | MFU | peak, GB |", "|---|---:|---:|---:|---:|---:|"]  # fmt: skip
+    for variant, sizes in gpu["training"].items():
+        for block_size, of in sizes.items():
+            lines.append(f"| {variant} | {block_size} | {of['tokens_per_second']:,.0f} | {of['flops'] / 1e12:.0f} | "
+                         f"{of['mfu']:.1%} | {of['peak_gb']:.1f} |")  # fmt: skip
+    lines += ["", *(f"- Generation, 64 samples of 128 tokens, top-p 0.9, {name}: {describe(value)} tokens/s"
+                    for name, value in sampled.items())]  # fmt: skip
+    lines.append(f"- Forecast of 100 steps from scratch, batch 64: {said['time_forecast']} and "
+                 f"{said['memory_forecast_gb']:.2f} GB; measured: {said['time_measured_s']:.0f} s and "
+                 f"{said['memory_measured_gb']:.2f} GB")  # fmt: skip
+    return lines
+
+
 def write_page(results: dict) -> str:
     """Put the results into Markdown: targets first, then medians and spread."""
     machine = results["machine"]
@@ -86,7 +109,7 @@ def write_page(results: dict) -> str:
         lines += ["", *(f"- {fact}: {json.dumps(value)}" for fact, value in facts.items())]
         if name == "growth":
             lines += ["", "![time per token by block size, micro-batch size, parameters and text size](growth.png)"]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *list_gpu()]) + "\n"
 
 
 def main() -> None:
