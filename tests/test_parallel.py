@@ -8,6 +8,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -24,6 +25,7 @@ from forked import Child, digest_run, fresh, run_child, strays, undisturbed, wor
 from safetensors.torch import load_file
 
 import finetune_generative
+from utils.model import hub, loading
 from utils.storage import read_json
 from utils.training import checkpoint, parallel
 
@@ -33,7 +35,7 @@ SAME = ("--dropout", 0, "--micro-batch-size", 1, "--batch-size", 8, "--learning-
 
 
 class Group:
-    """N processes of one command.
+    """N processes of one command, or of a list of N.
 
     Args:
         prepare: called in each process with its rank before the script, to set hooks and traps.
@@ -42,8 +44,8 @@ class Group:
     def __init__(self, n, command, prepare=None):
         self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False,
                                    timeout=timedelta(seconds=60))  # fmt: skip
-        script, argv = command
-        self.children = [Child(script, argv, self._hook(rank, n, prepare)) for rank in range(n)]
+        commands = command if isinstance(command, list) else [command] * n
+        self.children = [Child(*command, self._hook(rank, n, prepare)) for rank, command in enumerate(commands)]
 
     def _hook(self, rank, n, prepare):
         def hook():
@@ -338,6 +340,44 @@ def test_a_batch_smaller_than_the_processes_is_refused(workshop):  # noqa: F811
     ended = check_all(run_group(4, workshop.finetune(out, "--batch-size", 3)), 2)
     assert said(ended) == ["error: --batch-size 3 is less than the 4 processes; use a larger one, or fewer"]
     assert not out.exists()
+
+
+def test_process_0_alone_reads_the_model_and_has_the_folder_of_the_run(workshop):  # noqa: F811
+    """Machines need a copy of the data, under any path, and nothing else; also to resume."""
+    flags = (*SAME, "--max-steps", 12, "--save-every", 3)
+    whole, out, nowhere = (fresh(workshop.folder / name) for name in ("apart-1", "apart-2", "nowhere"))
+    copied = shutil.copytree(workshop.data, fresh(workshop.folder / "copied"))
+    check_all(run_group(1, workshop.finetune(whole, *flags)))
+    commands = [workshop.finetune(out, *flags), workshop.finetune(nowhere, *flags, "--data-dir", copied)]
+
+    def read_nothing(rank):
+        if rank:
+            for owner, name in ((loading, "load_pair"), (hub, "locate_model"), (hub, "find_local")):
+                replace(owner, name, lambda *_, name=name: pytest.fail(name))
+
+    group = Group(2, commands, read_nothing)
+    group.wait_for(out / "checkpoint-3")
+    group.kill(signal.SIGTERM)
+    check_all(group.wait(), 143)
+    check_all(run_group(2, commands, read_nothing))
+    assert check_same_run(whole, out)
+    assert not nowhere.exists()
+
+
+def test_other_flags_or_data_than_those_of_process_0_are_refused(workshop, tmp_path):  # noqa: F811
+    out, first = tmp_path / "out", workshop.finetune(tmp_path / "out", *SAME)
+    script, argv = workshop.prepare(tmp_path / "data")
+    assert run_child(script, [*argv, "--val-split", "0.3"]).code == 0
+    for other, says in (
+        (("--batch-size", 4), "--batch-size 4, process 0 has 8; give all the same flags and data"),
+        (("--micro-batch-size", 2), "--micro-batch-size 2, process 0 has 1; "),
+        (("--data-dir", tmp_path / "data"), "--data-dir "),
+    ):
+        ended = run_group(2, [first, workshop.finetune(out, *SAME, *other)])
+        assert [process.code for process in ended] == [3, 2]
+        assert len(said(ended)) == 1
+        assert f"error: process 1 has {says}" in said(ended)[0]
+        assert not out.exists() or not [path for path in out.iterdir() if path.name != ".lock"]
 
 
 def test_other_numbers_are_refused_where_bits_were_asked_for(workshop):  # noqa: F811

@@ -66,7 +66,7 @@ def format_seconds(seconds: float) -> str:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Return the memory available: of a GPU, else of the machine or of the container, whichever is less."""
+    """Return the memory available: of a GPU, else this process's share of what machine and container have."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     if device.type == "mps":
@@ -78,7 +78,7 @@ def free_bytes(device: torch.device) -> int:
     if (group / "memory.max").is_file() and (limit := (group / "memory.max").read_text().strip()).isdecimal():
         cached = _read_numbers(group / "memory.stat").get("inactive_file", 0)
         free = min(free, int(limit) - int((group / "memory.current").read_text()) + cached)
-    return max(0, free)
+    return max(0, free) // parallel.size_here()
 
 
 def _read_numbers(path: Path) -> dict[str, int]:
@@ -123,14 +123,15 @@ def choose_micro_batch(
         one, both = (count_activations(model, part, autocast) for part in (blocks[:1], blocks))
     per_block = max(both - one, 1) if len(blocks) == 2 else one  # weights in bf16 are kept in both
     training = 4 * checkpoint_bytes(model) // 3 // parallel.size()  # gradients, averages, weights in bf16, a margin
-    fits = max(0, math.floor((USABLE * free_bytes(model.device) - training) / (TEMPORARY * per_block)))
+    free = free_bytes(model.device)
+    fits = max(0, math.floor((USABLE * free - training) / (TEMPORARY * per_block)))
     wanted = min(batch_size, given or enough)
     if wanted > fits and (given or not fits):
         needed = (training + TEMPORARY * per_block * (wanted if given else 1)) / 1e9
         advice = f"--micro-batch-size {fits} fits" if fits else "a smaller model or --block-size may fit"
-        warn(f"memory is short: about {needed:.1f} GB are needed, {free_bytes(model.device) / 1e9:.1f} GB are free; "
+        warn(f"memory is short: about {needed:.1f} GB are needed, {free / 1e9:.1f} GB are free; "
              f"{advice}")  # fmt: skip
-    return wanted if given else parallel.least(max(1, min(wanted, fits)))
+    return parallel.least(wanted if given else max(1, min(wanted, fits)))
 
 
 def read_clock(device: torch.device) -> float:

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +24,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import AutoModelForCausalLM
 
 from utils.errors import EXIT_MACHINE, UserError, lost_process
+from utils.model.checks import check_causal
+from utils.storage import diff_settings
 
 SPEAKER = "speaker"  # the store's key for the process whose error line is printed
 _store = None
@@ -72,6 +75,11 @@ def _join(device: torch.device, timeout: int) -> torch.device:
 def size() -> int:
     """Return the number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def size_here() -> int:
+    """Return the number of processes on this machine."""
+    return int(os.environ["LOCAL_WORLD_SIZE"]) if dist.is_initialized() else 1
 
 
 def rank() -> int:
@@ -164,6 +172,15 @@ def from_main(value: Any) -> Any:
     return json.loads(bytes(data.tolist()))
 
 
+def refuse_other_command(flags: dict[str, Any], data_sha256: str) -> None:
+    """Refuse other flags or blocks than those of process 0; a folder may have another path on another machine."""
+    flags = {name: value for name, value in flags.items() if not isinstance(value, Path)} | {"data_dir": data_sha256}
+    changed = diff_settings(from_main(flags), flags)
+    if changed:
+        flag, first, own = f"--{changed[0].replace('_', '-')}", *changed[1:]
+        raise UserError(f"process {rank()} has {flag} {own}, process 0 has {first}; give all the same flags and data")
+
+
 def gather_rows(rows: torch.Tensor) -> list[torch.Tensor]:
     """Return the (..., D) CPU tensors of all processes, of any number of rows, in the order of the processes."""
     if size() == 1:
@@ -189,6 +206,18 @@ class AgreedSignal:
 
     def __bool__(self) -> bool:
         return self.number > 0
+
+
+def build_alike(model):
+    """Return the model of process 0; elsewhere one of its form whose weights have no values and take no memory."""
+    fields = from_main(json.loads(model.config.to_json_string()) if is_main() else None)
+    if is_main():
+        return model
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(check_causal(fields, "process 0"), dtype=torch.float32)
+    empty.to_empty(device="cpu")
+    empty.tie_weights()
+    return empty
 
 
 def shard(model, device: torch.device) -> None:
