@@ -299,7 +299,7 @@ def evaluate(setup, model, data, stopping):
         return None
     losses = parallel.join_batches(scored[0][:own], setup.eval_batch_size)
     result = summarize_loss(sum(losses), len(losses) * (data.block_size - 1), data.bytes_per_token)
-    with parallel.unsharded(model):
+    with parallel.unsharded(model) if setup.copy_monitor.prompts else nullcontext():
         return parallel.from_main(result | setup.copy_monitor.measure(model, setup.autocast))
 
 

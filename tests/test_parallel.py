@@ -25,9 +25,10 @@ from forked import Child, digest_run, fresh, run_child, strays, undisturbed, wor
 from safetensors.torch import load_file
 
 import finetune_generative
+from utils.evaluation import generation
 from utils.model import hub, loading
 from utils.storage import read_json
-from utils.training import checkpoint, parallel
+from utils.training import checkpoint, forecast, parallel
 
 ROOT = Path(__file__).parent.parent
 SEED = 1872
@@ -128,6 +129,38 @@ def test_two_processes_equal_one_to_the_bit(workshop):  # noqa: F811
         check_all(run_group(n, workshop.finetune(folder, *flags)))
         digests.append((digest_run(folder), [row.get("train/loss", row.get("eval/loss")) for row in read_rows(folder)]))
     assert digests[0] == digests[1]
+
+
+def test_bf16_gives_the_same_losses_and_keeps_no_whole_weights(workshop):  # noqa: F811
+    """Autocast keeps the weights that it has cast, in one process; in several, they would be whole in each."""
+    flags = (*SAME, "--dtype", "bf16", "--max-steps", 12, "--copy-samples", 2)
+    folders = {n: fresh(workshop.folder / f"bf16-{n}") for n in (1, 2)}
+
+    def check_cache(_rank):
+        def forward(*args):
+            assert not torch.is_autocast_cache_enabled()
+            return forward_backward(*args)
+
+        def generate(*args, **options):
+            assert torch.is_autocast_cache_enabled()  # else each token casts all weights
+            return generate_ids(*args, **options)
+
+        forward_backward, generate_ids = finetune_generative.forward_backward, generation.generate_ids
+        replace(finetune_generative, "forward_backward", forward)
+        replace(generation, "generate_ids", generate)
+
+    check_all(run_group(1, workshop.finetune(folders[1], *flags)))
+    check_all(run_group(2, workshop.finetune(folders[2], *flags), check_cache))
+    check_same_run(folders[1], folders[2], loss=2e-3, weights=2e-2)
+
+
+def test_gradient_checkpointing_changes_no_bit(workshop):  # noqa: F811
+    digests = set()
+    for flags in ((), ("--gradient-checkpointing",)):
+        out = fresh(workshop.folder / "checkpointing")
+        check_all(run_group(2, workshop.finetune(out, *SAME, "--dropout", "0.3", *flags)))
+        digests.add(digest_run(out))
+    assert len(digests) == 1
 
 
 def test_the_evaluation_has_the_same_bits_for_any_number_of_processes(workshop):  # noqa: F811
@@ -398,6 +431,32 @@ def test_a_process_that_hangs_is_waited_for_as_long_as_allowed(workshop):  # noq
     assert waiting.code == 3, waiting.err
     assert "error: another process does not answer" in waiting.err
     assert "Traceback" not in waiting.err
+
+
+def test_memory_is_counted_for_each_process(workshop):  # noqa: F811
+    """Free memory is divided by the processes of this machine; the largest group is the rest of the model."""
+    out, held = fresh(workshop.folder / "memory"), workshop.folder / "memory-held"
+    held.mkdir(exist_ok=True)
+
+    def prepare(rank):
+        def choose(model, data, autocast, batch_size, given):
+            (held / str(rank)).write_text(str(forecast.largest_group(model)))
+            before = forecast.free_bytes(model.device)
+            os.environ["LOCAL_WORLD_SIZE"] = "20"
+            (held / f"free-{rank}").write_text(str(before / forecast.free_bytes(model.device)))
+            os.environ["LOCAL_WORLD_SIZE"] = "2"
+            return choose_micro_batch(model, data, autocast, batch_size, given)
+
+        choose_micro_batch = forecast.choose_micro_batch
+        replace(forecast, "choose_micro_batch", choose)
+
+    ended = check_all(run_group(2, workshop.finetune(out, *SAME, "--dry-run"), prepare))
+    assert "GB of memory in each process" in ended[0].out
+    tensors = load_file(workshop.model / "model.safetensors")
+    rest = sum(4 * tensor.numel() for name, tensor in tensors.items() if ".h." not in name)
+    for rank in range(2):
+        assert int((held / str(rank)).read_text()) == rest
+        assert float((held / f"free-{rank}").read_text()) == pytest.approx(10, rel=0.2)
 
 
 def test_torchrun(workshop):  # noqa: F811

@@ -67,6 +67,7 @@ def _join(device: torch.device, timeout: int) -> torch.device:
     wait = timedelta(seconds=timeout)
     _store, rank, world_size = next(dist.rendezvous("env://", timeout=wait))
     dist.init_process_group(store=_store, rank=rank, world_size=world_size, timeout=wait)
+    torch.set_autocast_cache_enabled(False)  # what it keeps, weights in bf16, would be whole in every process
     if rank:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - until the process ends
     return device
@@ -75,11 +76,6 @@ def _join(device: torch.device, timeout: int) -> torch.device:
 def size() -> int:
     """Return the number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def size_here() -> int:
-    """Return the number of processes on this machine."""
-    return int(os.environ["LOCAL_WORLD_SIZE"]) if dist.is_initialized() else 1
 
 
 def rank() -> int:
@@ -235,7 +231,7 @@ def shard(model, device: torch.device) -> None:
             fully_shard(module, mesh=mesh)
     # By default the root group stays whole after a forward pass, and its parameters are others than the optimizer's.
     fully_shard(model, mesh=mesh, reshard_after_forward=True)
-    for module in _groups(model):
+    for module in groups(model):
         # The loss is weighted by its share of the step's blocks, so gradients are summed; gloo's mean is a sum.
         module.set_force_sum_reduction_for_comms(True)
         module.set_gradient_divide_factor(1.0)
@@ -246,7 +242,8 @@ def shard(model, device: torch.device) -> None:
         dist.broadcast(buffer, 0)
 
 
-def _groups(model) -> list[FSDPModule]:
+def groups(model) -> list[FSDPModule]:
+    """Return the modules whose weights are gathered together, the whole model first; none for one process."""
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
@@ -289,10 +286,13 @@ def gather_model(model):
 @contextmanager
 def unsharded(model) -> Iterator[None]:
     """Hold the whole weights in every process, so that it may compute without the others: for short texts."""
-    for group in _groups(model):
+    for group in groups(model):
         group.unshard()
         group.set_reshard_after_forward(False, recurse=False)
+    cached = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(True)
     yield
-    for group in _groups(model):
+    torch.set_autocast_cache_enabled(cached)
+    for group in groups(model):
         group.set_reshard_after_forward(True, recurse=False)
         group.reshard()
