@@ -23,6 +23,8 @@ import torch.distributed as dist
 from conftest import replace
 from forked import Child, digest_run, fresh, run_child, strays, undisturbed, workshop  # noqa: F401
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import finetune_generative
 from utils.evaluation import generation
@@ -278,6 +280,37 @@ def test_each_process_holds_its_share(workshop):  # noqa: F811
         assert max(counts) <= 0.3 * whole, what
 
 
+class Traffic(TorchDispatchMode):
+    """Counts the bytes that collective operations gather or reduce."""
+
+    def __init__(self):
+        super().__init__()
+        self.sent = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if str(function).startswith("c10d."):
+            self.sent += max(leaf.nbytes for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor))
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_pass_gathers_the_weights_twice_and_reduces_the_gradients_once(workshop, tmp_path):  # noqa: F811
+    def prepare(rank):
+        def forward(*args):
+            with Traffic() as traffic:
+                loss = forward_backward(*args)
+            (tmp_path / f"sent-{rank}").write_text(str(traffic.sent))
+            return loss
+
+        forward_backward = finetune_generative.forward_backward
+        replace(finetune_generative, "forward_backward", forward)
+
+    out = tmp_path / "out"
+    check_all(run_group(2, workshop.finetune(out, *SAME, "--max-steps", 1), prepare))
+    whole = sum(tensor.numel() for tensor in load_file(out / "model.safetensors").values())
+    for rank in range(2):
+        assert int((tmp_path / f"sent-{rank}").read_text()) == pytest.approx(3 * 4 * whole, rel=0.02)
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_killed_process_ends_all_and_the_same_command_resumes(workshop, amount, rank):  # noqa: F811
     flags = (*SAME, "--batch-size", 4, "--max-steps", 40, "--save-every", 2, "--eval-every", 20)
@@ -459,13 +492,71 @@ def test_memory_is_counted_for_each_process(workshop):  # noqa: F811
         assert float((held / f"free-{rank}").read_text()) == pytest.approx(10, rel=0.2)
 
 
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+class Machines:
+    """Two agents of torchrun, each as on a machine of its own with one process: another data folder, another session.
+
+    Args:
+        commands: of the two.
+    """
+
+    def __init__(self, commands, folder):
+        meeting = f"--rdzv-backend c10d --rdzv-endpoint 127.0.0.1:{free_port()} --rdzv-id run".split()
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", *meeting]
+        self.logs = [folder / f"machine-{number}.log" for number in range(2)]
+        self.agents = []
+        for (script, argv), log in zip(commands, self.logs, strict=True):
+            with open(log, "wb") as file:
+                self.agents.append(subprocess.Popen([*launcher, f"{script}.py", *map(str, argv)], cwd=ROOT,
+                                                    stdout=file, stderr=file, start_new_session=True))  # fmt: skip
+
+    def processes(self, number):
+        """Return the process ids on a machine: the agent and what it has started."""
+        agent = self.agents[number].pid
+        return [agent, *map(int, Path(f"/proc/{agent}/task/{agent}/children").read_text().split())]
+
+    def wait(self):
+        """Return the exit codes of the agents and what both machines have said."""
+        return [agent.wait(timeout=120) for agent in self.agents], "".join(log.read_text() for log in self.logs)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_two_machines(workshop, tmp_path):  # noqa: F811
+    """Two agents train as one process does. One machine is lost: the other ends with one line; both start again."""
+    flags = (*SAME, "--max-steps", 60, "--save-every", 5)
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    copied = shutil.copytree(workshop.data, tmp_path / "copied")
+    check_all(run_group(1, workshop.finetune(whole, *flags)))
+    commands = [workshop.finetune(out, *flags), workshop.finetune(out, *flags, "--data-dir", copied)]
+    for lost in (0, 1):
+        machines, deadline = Machines(commands, tmp_path), time.monotonic() + 120
+        before = checkpoint.list_checkpoints(out)
+        while checkpoint.list_checkpoints(out)[:1] == before[:1]:
+            assert time.monotonic() < deadline, machines.logs[0].read_text()
+            time.sleep(0.01)
+        for process in machines.processes(lost):
+            os.kill(process, signal.SIGKILL)
+        codes, text = machines.wait()
+        assert (codes[lost], codes[1 - lost]) == (-signal.SIGKILL, 1), text
+        assert text.count("error: another process has ended") == 1, text
+    codes, text = Machines(commands, tmp_path).wait()
+    assert codes == [0, 0], text
+    assert text.count("resuming from step") == text.count("best model: ") == 1
+    assert check_same_run(whole, out) > 60
+    assert not strays(out)
+
+
 def test_torchrun(workshop):  # noqa: F811
     """The real launcher: a run of two processes; then a refusal, said once by the script."""
     out = fresh(workshop.folder / "torchrun")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port)]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    launcher += ["--master-port", str(free_port())]
     script, argv = workshop.finetune(out, *SAME)
     command = [*launcher, f"{script}.py", *map(str, argv)]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=180)
