@@ -41,6 +41,7 @@ CALIBRATION_TOKENS = 8
 SAVED_BYTES_PER_SECOND = 6e8  # written, hashed and synced on a solid-state disk; measured
 # Where a checkpoint takes a second or more, fifty times as long is trained between two.
 NOTICED_SECONDS, SAVING_FACTOR = 1.0, 50
+PROGRAM_BYTES = 500_000_000  # resident memory before a model is loaded; measured
 LATER_BYTES = 60_000_000  # resident memory added after the forecast, matplotlib among it; measured
 
 
@@ -191,15 +192,9 @@ def forecast_run(
 
 
 def saving_bytes(model) -> int:
-    """Return the memory of process 0 while it saves: AdamW's averages, emptied now, and whole weights beside its own.
-
-    One process saves its own weights; elsewhere than on Linux, where memory in use is not read, 0.
-    """
-    if parallel.size() == 1 or not Path("/proc/self/statm").is_file():
-        return 0
-    resident = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-    weights = checkpoint_bytes(model) // 3
-    return resident + 2 * weights // parallel.size() + weights
+    """Return the memory of process 0 of several while it saves: whole weights, beside its part of all; else 0."""
+    whole = checkpoint_bytes(model)
+    return PROGRAM_BYTES + whole // parallel.size() + whole // 3 if parallel.size() > 1 else 0
 
 
 def count_due(step: int, last: int, interval: int) -> int:
