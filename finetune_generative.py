@@ -125,7 +125,7 @@ def find_base(args, data):
     if base is None:
         raise UserError("the data has a tokenizer of its own and no model; give --from-scratch CONFIG.json")
     is_new = args.overwrite or not (args.output_dir / "run_config.json").is_file()
-    return base, locate_model(base) if is_new else find_local(base)
+    return base, (locate_model if is_new else find_local)(base) if parallel.is_main() else None
 
 
 def collect_settings(args, data, base, folder):
@@ -142,35 +142,36 @@ def collect_settings(args, data, base, folder):
 
 def find_run(args, settings):
     """Return the checkpoint to resume from and its state; None and an empty state for a new run."""
-    found = None
+    found, saved = None, {}
     if parallel.is_main():
         if not args.overwrite and (args.output_dir / "run_config.json").is_file():
             checkpoints.refuse_other_settings(args.output_dir / "run_config.json", settings)
             found = checkpoints.find_checkpoint(args.output_dir)
+            saved = vars(checkpoints.read_state(found)) if found else {}
         if not args.dry_run:
             sweep(args.output_dir)
-    found = parallel.from_main(found and str(found))
-    if not found:
-        return None, checkpoints.TrainState()
-    state = checkpoints.read_state(Path(found))
-    before, now = state.machine.get("processes", 1), parallel.size()
+    found, saved = parallel.from_main([found and str(found), saved])
+    state, now = checkpoints.TrainState(**saved), parallel.size()
+    before = state.machine.get("processes", 1) if found else now
     if args.deterministic and before != now:
         raise UserError(f"resume: the run has {before} processes, now {now}; with --deterministic use as many")
-    return Path(found), state
+    return found and Path(found), state
 
 
 def load_model(args, data, base, folder, checkpoint, device):
     """Load the checkpoint's model, the base model or a new one, with its tokenizer, and prepare it for training."""
-    empty = not parallel.is_main()
-    if checkpoint:
-        model, tokenizer = loading.load_pair(checkpoint, verified=True, dropout=args.dropout, empty=empty)
+    model, tokenizer = None, load_tokenizer(args.data_dir / "tokenizer")
+    if not parallel.is_main():
+        pass  # process 0 alone reads the model
+    elif checkpoint:
+        model, tokenizer = loading.load_pair(checkpoint, verified=True, dropout=args.dropout)
     elif args.from_scratch:
-        tokenizer = load_tokenizer(args.data_dir / "tokenizer")
         model = loading.new_model(args.from_scratch, tokenizer, args.seed, args.dropout)
     else:
-        model, tokenizer = loading.load_pair(folder or locate_model(base), dropout=args.dropout, empty=empty)
-        if fingerprint_tokenizer(tokenizer) != data.manifest["tokenizer"]["sha256"]:
-            raise UserError(f"data has another tokenizer than {base}'s; run prepare_data.py --model-name {base}")
+        model, tokenizer = loading.load_pair(folder or locate_model(base), dropout=args.dropout)
+    if fingerprint_tokenizer(tokenizer) != data.manifest["tokenizer"]["sha256"]:
+        raise UserError(f"data was made with another tokenizer than {base}'s; run prepare_data.py --model-name {base}")
+    model = parallel.build_alike(model).train()
     loading.check_fit(model, data)
     use_fast_layers(model, device, args.compile)
     if args.gradient_checkpointing:
@@ -206,7 +207,6 @@ def start_run(args, settings, data, base, model, tokenizer, setup, state):
         write_run_config(args.output_dir, settings, vars(args), base, data, state.machine)
         save_training_ngrams(args.output_dir, data.ids("train"))
     if args.from_scratch:  # so that generate_text.py has a base to compare with
-        Path(base).mkdir(exist_ok=True)
         checkpoints.save_best(Path(base), model, tokenizer, loading.DTYPES[args.save_dtype])
 
 
@@ -301,7 +301,7 @@ def evaluate(setup, model, data, stopping):
         return None
     losses = parallel.join_batches(scored[0][:own], setup.eval_batch_size)
     result = summarize_loss(sum(losses), len(losses) * (data.block_size - 1), data.bytes_per_token)
-    with parallel.unsharded(model):
+    with parallel.unsharded(model) if setup.copy_monitor.prompts else nullcontext():
         return parallel.from_main(result | setup.copy_monitor.measure(model, setup.autocast))
 
 
@@ -354,6 +354,7 @@ def main(args):
     joined = parallel.joined(loading.pick_device(args.device), args.process_timeout)
     with joined as device, claim_output_dir(args):
         data = open_blocks(args.data_dir)
+        parallel.refuse_other_command(vars(args), data.sha256)
         dtype = loading.pick_dtype(args.dtype, device)
         order = BatchOrder(len(data.train), args.batch_size, args.grad_accum_steps, args.seed)
         max_steps = args.max_steps or args.epochs * order.steps_per_epoch

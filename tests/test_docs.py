@@ -12,10 +12,11 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "notes").glob("*.md")), *sorted((ROOT / "results").glob("*/README.md"))]
 SCRIPTS = ["prepare_data", "finetune_generative", "generate_text"]
-# Of pytest, pip, ruff, tensorboard, hf and torchrun.
+# Of pytest, pip, ruff, tensorboard, hf, torchrun and Slurm.
 FOREIGN_FLAGS = {
     "--full", "--books", "--version", "--quiet", "--upgrade", "--check", "--logdir", "--private",
-    "--exclude", "--nproc-per-node",
+    "--exclude", "--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint", "--rdzv-id", "--node-rank",
+    "--master-addr", "--nodes", "--ntasks-per-node", "--gpus-per-node", "--signal", "--requeue",
 }  # fmt: skip
 # Words and forms that have a plain replacement: "tokens a block" is "tokens per block".
 UNITS = "tokens?|nats|bits?|bytes?|words?|steps?|blocks?|updates?|lines?|samples?|batches|micro-batches|seconds"

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -22,10 +23,14 @@ import torch.distributed as dist
 from conftest import replace
 from forked import Child, digest_run, fresh, run_child, strays, undisturbed, workshop  # noqa: F401
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import finetune_generative
+from utils.evaluation import generation
+from utils.model import hub, loading
 from utils.storage import read_json
-from utils.training import checkpoint, parallel
+from utils.training import checkpoint, forecast, parallel
 
 ROOT = Path(__file__).parent.parent
 SEED = 1872
@@ -33,7 +38,7 @@ SAME = ("--dropout", 0, "--micro-batch-size", 1, "--batch-size", 8, "--learning-
 
 
 class Group:
-    """N processes of one command.
+    """N processes of one command, or of a list of N.
 
     Args:
         prepare: called in each process with its rank before the script, to set hooks and traps.
@@ -42,8 +47,8 @@ class Group:
     def __init__(self, n, command, prepare=None):
         self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False,
                                    timeout=timedelta(seconds=60))  # fmt: skip
-        script, argv = command
-        self.children = [Child(script, argv, self._hook(rank, n, prepare)) for rank in range(n)]
+        commands = command if isinstance(command, list) else [command] * n
+        self.children = [Child(*command, self._hook(rank, n, prepare)) for rank, command in enumerate(commands)]
 
     def _hook(self, rank, n, prepare):
         def hook():
@@ -126,6 +131,38 @@ def test_two_processes_equal_one_to_the_bit(workshop):  # noqa: F811
         check_all(run_group(n, workshop.finetune(folder, *flags)))
         digests.append((digest_run(folder), [row.get("train/loss", row.get("eval/loss")) for row in read_rows(folder)]))
     assert digests[0] == digests[1]
+
+
+def test_bf16_gives_the_same_losses_and_keeps_no_whole_weights(workshop):  # noqa: F811
+    """Autocast keeps the weights that it has cast, in one process; in several, they would be whole in each."""
+    flags = (*SAME, "--dtype", "bf16", "--max-steps", 12, "--copy-samples", 2)
+    folders = {n: fresh(workshop.folder / f"bf16-{n}") for n in (1, 2)}
+
+    def check_cache(_rank):
+        def forward(*args):
+            assert not torch.is_autocast_cache_enabled()
+            return forward_backward(*args)
+
+        def generate(*args, **options):
+            assert torch.is_autocast_cache_enabled()  # else each token casts all weights
+            return generate_ids(*args, **options)
+
+        forward_backward, generate_ids = finetune_generative.forward_backward, generation.generate_ids
+        replace(finetune_generative, "forward_backward", forward)
+        replace(generation, "generate_ids", generate)
+
+    check_all(run_group(1, workshop.finetune(folders[1], *flags)))
+    check_all(run_group(2, workshop.finetune(folders[2], *flags), check_cache))
+    check_same_run(folders[1], folders[2], loss=2e-3, weights=2e-2)
+
+
+def test_gradient_checkpointing_changes_no_bit(workshop):  # noqa: F811
+    digests = set()
+    for flags in ((), ("--gradient-checkpointing",)):
+        out = fresh(workshop.folder / "checkpointing")
+        check_all(run_group(2, workshop.finetune(out, *SAME, "--dropout", "0.3", *flags)))
+        digests.add(digest_run(out))
+    assert len(digests) == 1
 
 
 def test_the_evaluation_has_the_same_bits_for_any_number_of_processes(workshop):  # noqa: F811
@@ -243,6 +280,37 @@ def test_each_process_holds_its_share(workshop):  # noqa: F811
         assert max(counts) <= 0.3 * whole, what
 
 
+class Traffic(TorchDispatchMode):
+    """Counts the bytes that collective operations gather or reduce."""
+
+    def __init__(self):
+        super().__init__()
+        self.sent = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if str(function).startswith("c10d."):
+            self.sent += max(leaf.nbytes for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor))
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_pass_gathers_the_weights_twice_and_reduces_the_gradients_once(workshop, tmp_path):  # noqa: F811
+    def prepare(rank):
+        def forward(*args):
+            with Traffic() as traffic:
+                loss = forward_backward(*args)
+            (tmp_path / f"sent-{rank}").write_text(str(traffic.sent))
+            return loss
+
+        forward_backward = finetune_generative.forward_backward
+        replace(finetune_generative, "forward_backward", forward)
+
+    out = tmp_path / "out"
+    check_all(run_group(2, workshop.finetune(out, *SAME, "--max-steps", 1), prepare))
+    whole = sum(tensor.numel() for tensor in load_file(out / "model.safetensors").values())
+    for rank in range(2):
+        assert int((tmp_path / f"sent-{rank}").read_text()) == pytest.approx(3 * 4 * whole, rel=0.02)
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_killed_process_ends_all_and_the_same_command_resumes(workshop, amount, rank):  # noqa: F811
     flags = (*SAME, "--batch-size", 4, "--max-steps", 40, "--save-every", 2, "--eval-every", 20)
@@ -340,6 +408,44 @@ def test_a_batch_smaller_than_the_processes_is_refused(workshop):  # noqa: F811
     assert not out.exists()
 
 
+def test_process_0_alone_reads_the_model_and_has_the_folder_of_the_run(workshop):  # noqa: F811
+    """Machines need a copy of the data, under any path, and nothing else; also to resume."""
+    flags = (*SAME, "--max-steps", 12, "--save-every", 3)
+    whole, out, nowhere = (fresh(workshop.folder / name) for name in ("apart-1", "apart-2", "nowhere"))
+    copied = shutil.copytree(workshop.data, fresh(workshop.folder / "copied"))
+    check_all(run_group(1, workshop.finetune(whole, *flags)))
+    commands = [workshop.finetune(out, *flags), workshop.finetune(nowhere, *flags, "--data-dir", copied)]
+
+    def read_nothing(rank):
+        if rank:
+            for owner, name in ((loading, "load_pair"), (hub, "locate_model"), (hub, "find_local")):
+                replace(owner, name, lambda *_, name=name: pytest.fail(name))
+
+    group = Group(2, commands, read_nothing)
+    group.wait_for(out / "checkpoint-3")
+    group.kill(signal.SIGTERM)
+    check_all(group.wait(), 143)
+    check_all(run_group(2, commands, read_nothing))
+    assert check_same_run(whole, out)
+    assert not nowhere.exists()
+
+
+def test_other_flags_or_data_than_those_of_process_0_are_refused(workshop, tmp_path):  # noqa: F811
+    out, first = tmp_path / "out", workshop.finetune(tmp_path / "out", *SAME)
+    script, argv = workshop.prepare(tmp_path / "data")
+    assert run_child(script, [*argv, "--val-split", "0.3"]).code == 0
+    for other, says in (
+        (("--batch-size", 4), "--batch-size 4, process 0 has 8; give all the same flags and data"),
+        (("--micro-batch-size", 2), "--micro-batch-size 2, process 0 has 1; "),
+        (("--data-dir", tmp_path / "data"), "--data-dir "),
+    ):
+        ended = run_group(2, [first, workshop.finetune(out, *SAME, *other)])
+        assert [process.code for process in ended] == [3, 2]
+        assert len(said(ended)) == 1
+        assert f"error: process 1 has {says}" in said(ended)[0]
+        assert not out.exists() or not [path for path in out.iterdir() if path.name != ".lock"]
+
+
 def test_other_numbers_are_refused_where_bits_were_asked_for(workshop):  # noqa: F811
     out = fresh(workshop.folder / "deterministic")
     flags = (*SAME, "--deterministic", "--max-steps", 400, "--save-every", 5)
@@ -360,13 +466,97 @@ def test_a_process_that_hangs_is_waited_for_as_long_as_allowed(workshop):  # noq
     assert "Traceback" not in waiting.err
 
 
+def test_memory_is_counted_for_each_process(workshop):  # noqa: F811
+    """Free memory is divided by the processes of this machine; the largest group is the rest of the model."""
+    out, held = fresh(workshop.folder / "memory"), workshop.folder / "memory-held"
+    held.mkdir(exist_ok=True)
+
+    def prepare(rank):
+        def choose(model, data, autocast, batch_size, given):
+            (held / str(rank)).write_text(str(forecast.largest_group(model)))
+            before = forecast.free_bytes(model.device)
+            os.environ["LOCAL_WORLD_SIZE"] = "20"
+            (held / f"free-{rank}").write_text(str(before / forecast.free_bytes(model.device)))
+            os.environ["LOCAL_WORLD_SIZE"] = "2"
+            return choose_micro_batch(model, data, autocast, batch_size, given)
+
+        choose_micro_batch = forecast.choose_micro_batch
+        replace(forecast, "choose_micro_batch", choose)
+
+    ended = check_all(run_group(2, workshop.finetune(out, *SAME, "--dry-run"), prepare))
+    assert "GB of memory in each process" in ended[0].out
+    tensors = load_file(workshop.model / "model.safetensors")
+    rest = sum(4 * tensor.numel() for name, tensor in tensors.items() if ".h." not in name)
+    for rank in range(2):
+        assert int((held / str(rank)).read_text()) == rest
+        assert float((held / f"free-{rank}").read_text()) == pytest.approx(10, rel=0.2)
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+class Machines:
+    """Two agents of torchrun, each as on a machine of its own with one process: another data folder, another session.
+
+    Args:
+        commands: of the two.
+    """
+
+    def __init__(self, commands, folder):
+        meeting = f"--rdzv-backend c10d --rdzv-endpoint 127.0.0.1:{free_port()} --rdzv-id run".split()
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", *meeting]
+        self.logs = [folder / f"machine-{number}.log" for number in range(2)]
+        self.agents = []
+        for (script, argv), log in zip(commands, self.logs, strict=True):
+            with open(log, "wb") as file:
+                self.agents.append(subprocess.Popen([*launcher, f"{script}.py", *map(str, argv)], cwd=ROOT,
+                                                    stdout=file, stderr=file, start_new_session=True))  # fmt: skip
+
+    def processes(self, number):
+        """Return the process ids on a machine: the agent and what it has started."""
+        agent = self.agents[number].pid
+        return [agent, *map(int, Path(f"/proc/{agent}/task/{agent}/children").read_text().split())]
+
+    def wait(self):
+        """Return the exit codes of the agents and what both machines have said."""
+        return [agent.wait(timeout=120) for agent in self.agents], "".join(log.read_text() for log in self.logs)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_two_machines(workshop, tmp_path):  # noqa: F811
+    """Two agents train as one process does. One machine is lost: the other ends with one line; both start again."""
+    flags = (*SAME, "--max-steps", 60, "--save-every", 5)
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    copied = shutil.copytree(workshop.data, tmp_path / "copied")
+    check_all(run_group(1, workshop.finetune(whole, *flags)))
+    commands = [workshop.finetune(out, *flags), workshop.finetune(out, *flags, "--data-dir", copied)]
+    for lost in (0, 1):
+        machines, deadline = Machines(commands, tmp_path), time.monotonic() + 120
+        before = checkpoint.list_checkpoints(out)
+        while checkpoint.list_checkpoints(out)[:1] == before[:1]:
+            assert time.monotonic() < deadline, machines.logs[0].read_text()
+            time.sleep(0.01)
+        for process in machines.processes(lost):
+            os.kill(process, signal.SIGKILL)
+        codes, text = machines.wait()
+        assert (codes[lost], codes[1 - lost]) == (-signal.SIGKILL, 1), text
+        assert text.count("error: another process has ended") == 1, text
+    codes, text = Machines(commands, tmp_path).wait()
+    assert codes == [0, 0], text
+    assert text.count("resuming from step") == text.count("best model: ") == 1
+    assert check_same_run(whole, out) > 60
+    assert not strays(out)
+
+
 def test_torchrun(workshop):  # noqa: F811
     """The real launcher: a run of two processes; then a refusal, said once by the script."""
     out = fresh(workshop.folder / "torchrun")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port)]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    launcher += ["--master-port", str(free_port())]
     script, argv = workshop.finetune(out, *SAME)
     command = [*launcher, f"{script}.py", *map(str, argv)]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=180)

@@ -617,7 +617,7 @@ def test_data_of_another_tokenizer(refuse, here, book, prepared, model):
     from utils.data.tokenizer import train_tokenizer
 
     train_tokenizer([book.read_text()[:4000]], 390).save_pretrained(model)
-    says = ("data has another tokenizer than model's", "run prepare_data.py --model-name model")
+    says = ("data was made with another tokenizer than model's", "run prepare_data.py --model-name model")
     refuse("finetune_generative", *train_flags(prepared), "--model-name", "model", "--output-dir", "run", says=says)
 
 

@@ -209,7 +209,7 @@ def test_data_that_was_prepared_without_it_is_refused(started, script, book, tmp
     flags = ["--model-name", started / "model", "--output-dir", tmp_path / "run", "--max-steps", 1]
     ended = script("finetune_generative", "--data-dir", started / "plain_blocks", *flags)
     assert ended.code == 2
-    assert f"data has another tokenizer than {started / 'model'}'s" in ended.err
+    assert f"data was made with another tokenizer than {started / 'model'}'s" in ended.err
     flags = ["--input-path", book, "--block-size", BLOCK, "--output-dir", started / "plain_blocks", "--model-name"]
     ended = script("prepare_data", *flags, started / "model")
     assert ended.code == 2

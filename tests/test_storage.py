@@ -9,7 +9,9 @@ import time
 from collections import namedtuple
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 import utils.storage as files
 from utils.errors import UserError
@@ -418,3 +420,20 @@ def test_hash_of_several_files_does_not_depend_on_names_or_order(tmp_path):
     a, b, c, d = (tmp_path / name for name in "abcd")
     assert files.hash_files([a, b]) == files.hash_files([b, a]) == files.hash_files([c, d])
     assert files.hash_files([a, b]) != files.hash_files([a])
+
+
+def test_tensors_are_written_one_by_one_as_a_safetensors_file(tmp_path):
+    path, rows = tmp_path / "t.safetensors", {"b/x": [300, 70], "a": [], "c": [5]}
+    arrays = {name: np.random.default_rng(1).random(shape, np.float32) for name, shape in rows.items()}
+
+    def one_by_one():
+        for number, array in enumerate(arrays.values()):
+            assert number == 0 or path.stat().st_size >= arrays["b/x"].nbytes  # the first does not wait for the others
+            yield array
+
+    files.write_tensors(path, rows, one_by_one())
+    found = load_file(path)
+    assert found.keys() == arrays.keys()
+    assert all(np.array_equal(found[name], array) for name, array in arrays.items())
+    assert all(found[name].dtype == np.float32 for name in found)
+    assert int.from_bytes(path.read_bytes()[:8], "little") % 8 == 0

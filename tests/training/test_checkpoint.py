@@ -244,7 +244,7 @@ def test_random_state_of_another_size_is_refused(tmp_path, states, says):
 def test_a_broken_tensor_file_is_named(tmp_path):
     (tmp_path / "r.safetensors").write_bytes(b"12345678{")
     with pytest.raises(UserError, match=r"r\.safetensors is damaged: "):
-        checkpoint.read_tensors(tmp_path / "r.safetensors")
+        checkpoint.open_tensors(tmp_path / "r.safetensors")
 
 
 @pytest.mark.parametrize("place", ["weight", "exp_avg", "exp_avg_sq"])

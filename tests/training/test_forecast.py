@@ -130,6 +130,20 @@ def test_warming_up_is_no_part_of_the_forecast(case, monkeypatch):
     assert len(steps) == 4
 
 
+def test_a_model_is_measured_as_it_is_trained(finetune, monkeypatch):
+    """In eval mode there is no dropout and no gradient checkpointing: both cost time, and the latter saves memory."""
+    import finetune_generative
+
+    modes, forward_backward, count = [], finetune_generative.forward_backward, forecast.count_activations
+    monkeypatch.setattr(finetune_generative, "forward_backward",
+                        lambda net, *args: modes.append(net.training) or forward_backward(net, *args))  # fmt: skip
+    monkeypatch.setattr(forecast, "count_activations",
+                        lambda net, *args: modes.append(net.training) or count(net, *args))  # fmt: skip
+    finetune("modes", "--dry-run")
+    assert len(modes) >= 2 + forecast.CALIBRATION_STEPS
+    assert all(modes)
+
+
 def test_a_gradient_that_is_not_finite_is_left_to_the_loop(case):
     with torch.no_grad():
         case.model.transformer.wte.weight[:] = math.nan

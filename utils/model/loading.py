@@ -30,12 +30,11 @@ logging.disable_progress_bar()
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def load_model(folder: Path, dropout: float | None = None, empty: bool = False):
+def load_model(folder: Path, dropout: float | None = None):
     """Load a causal language model in float32, in eval mode, on the CPU.
 
     Args:
         dropout: the rate of all its dropout; None for the rates of its config.
-        empty: leave out the values of its weights.
     Raises:
         UserError: missing or damaged files, missing or extra tensors, NaN or infinity, another kind of model.
     """
@@ -45,8 +44,6 @@ def load_model(folder: Path, dropout: float | None = None, empty: bool = False):
     if dropout is not None:
         set_dropout(config, dropout)
     refuse_misfit(folder, config, read_shapes(folder))
-    if empty:
-        return build_empty(config)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             folder, config=config, dtype=torch.float32, output_loading_info=True,
@@ -65,15 +62,6 @@ def load_model(folder: Path, dropout: float | None = None, empty: bool = False):
     model.generation_config = GenerationConfig.from_model_config(model.config)
     refuse_noncausal(model, str(folder))
     refuse_without_dropout(model, dropout)
-    return model.eval()
-
-
-def build_empty(config):
-    """Build a model whose weights have no values yet, and therefore take no memory."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    model.to_empty(device="cpu")
-    model.tie_weights()
     return model.eval()
 
 
@@ -188,12 +176,12 @@ def autocast(device: torch.device, dtype: str):
     return torch.autocast(device.type, torch.bfloat16) if dtype == "bf16" else contextlib.nullcontext()
 
 
-def load_pair(folder: Path, verified: bool = False, dropout: float | None = None, empty: bool = False):
+def load_pair(folder: Path, verified: bool = False, dropout: float | None = None):
     """Load a folder's model and tokenizer, and check that they fit each other and, unless `verified`, the manifest."""
     problem = None if verified or not (folder / MANIFEST).is_file() else verify_folder(folder)
     if problem:
         raise UserError(f"model: {problem}")
-    model, tokenizer = load_model(folder, dropout, empty), load_tokenizer(folder)
+    model, tokenizer = load_model(folder, dropout), load_tokenizer(folder)
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
         raise UserError(f"tokenizer has {len(tokenizer)} ids, the model {rows}")

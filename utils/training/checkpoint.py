@@ -13,8 +13,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from utils.errors import UserError, require_finite, warn
 from utils.model.loading import refuse_not_finite
@@ -28,6 +28,7 @@ from utils.storage import (
     read_sealed,
     verify_folder,
     write_json,
+    write_tensors,
 )
 from utils.training import parallel
 from utils.training.metrics import RESULT_NAMES
@@ -118,6 +119,7 @@ def save_best(output_dir: Path, model, tokenizer, dtype: torch.dtype) -> None:
     whole = parallel.gather_model(model)
     if not whole:
         return
+    output_dir.mkdir(exist_ok=True)
     # A copy keeps tied weights tied, so that they are written once.
     written = whole if whole.dtype == dtype else copy.deepcopy(whole).to(dtype)
     refuse_not_finite(written)
@@ -204,28 +206,29 @@ def read_state(folder: Path) -> TrainState:
 
 def save_optimizer(model, optimizer, path: Path | None) -> None:
     """Write AdamW's two averages and step count of each parameter under the parameter's name."""
-    tensors = {}
-    for name, parameter in model.named_parameters():
-        for key, value in optimizer.state.get(parameter, {}).items():
-            whole = parallel.gather(value)
-            if path:
-                tensors[f"{key}/{name}"] = whole.cpu().contiguous()
+    tensors = {f"{key}/{name}": value for name, parameter in model.named_parameters()
+               for key, value in optimizer.state.get(parameter, {}).items()}  # fmt: skip
+    gathered = (parallel.gather(value).cpu().contiguous().numpy() for value in tensors.values())
     if path:
-        save_file(tensors, path)
+        write_tensors(path, {name: value.shape for name, value in tensors.items()}, gathered)
+    for _ in gathered:  # the other processes have their part in it
+        pass
 
 
 def restore_optimizer(model, optimizer, path: Path) -> None:
     """Restore AdamW from save_optimizer's file; UserError for a tensor of another shape, which AdamW would accept."""
-    tensors = read_tensors(path) if parallel.is_main() else {}
-    saved = parallel.from_main(sorted({name.partition("/")[2] for name in tensors}))
+    file = open_tensors(path) if parallel.is_main() else None
+    saved = set(parallel.from_main(file and list(file.keys())))
     for name, parameter in model.named_parameters():
-        if name not in saved:
+        if not any(key.partition("/")[2] == name for key in saved):
             continue
         # Fused AdamW keeps its step counts on the parameter's device.
         entry = {"step": torch.zeros((), device=parameter.device)}
         entry |= {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
         for key, target in entry.items():
-            value = tensors.get(f"{key}/{name}") if parallel.is_main() else torch.empty(target.shape)
+            value = torch.empty(target.shape)
+            if file:
+                value = file.get_tensor(f"{key}/{name}") if f"{key}/{name}" in saved else None
             if value is None or value.shape != target.shape:
                 found = "missing" if value is None else "x".join(map(str, value.shape))
                 raise UserError(f"{path}: {key} of {name} is {found}, expected {'x'.join(map(str, target.shape))}")
@@ -233,10 +236,10 @@ def restore_optimizer(model, optimizer, path: Path) -> None:
         optimizer.state[parameter] = entry
 
 
-def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """Read a safetensors file."""
+def open_tensors(path: Path) -> safe_open:
+    """Open a safetensors file, whose tensors are read one by one."""
     try:
-        return load_file(path)
+        return safe_open(path, "pt")
     except SafetensorError as error:
         raise UserError(f"{path} is damaged: {error}") from None
 
@@ -278,10 +281,14 @@ def save_random_state(path: Path | None, device: torch.device) -> None:
 
 def restore_random_state(path: Path, device: torch.device) -> None:
     """Restore torch's generators from save_random_state's file; UserError for a state of another size."""
-    states, expected = read_tensors(path), len(torch.get_rng_state())
-    if "cpu" not in states or len(states["cpu"]) != expected:
-        raise UserError(f"{path}: {len(states.get('cpu', []))} bytes, expected {expected}")
-    number = parallel.rank()
+    states = {}
+    if parallel.is_main():
+        file, expected = open_tensors(path), len(torch.get_rng_state())
+        states = {name: file.get_tensor(name).tolist() for name in file.keys()}  # noqa: SIM118
+        if len(states.get("cpu", [])) != expected:
+            raise UserError(f"{path}: {len(states.get('cpu', []))} bytes, expected {expected}")
+    states, number = parallel.from_main(states), parallel.rank()
     own = {kind: states.get(f"{kind}.{number}" if number else kind) for kind in ("cpu", device.type)}
-    if own["cpu"] is not None:  # there were as many processes
-        set_random_state({kind: state for kind, state in own.items() if state is not None}, device)
+    if own["cpu"]:  # there were as many processes
+        own = {kind: torch.tensor(state, dtype=torch.uint8) for kind, state in own.items() if state}
+        set_random_state(own, device)

@@ -30,6 +30,9 @@ ENOUGH_TOKENS = {"cpu": 2048}
 ENOUGH_TOKENS_ELSEWHERE = 16_384
 USABLE = 0.8  # share of the free memory; other programs need some too
 TEMPORARY = 1.25  # memory of a backward pass, as a multiple of the activations kept for it
+# Memory of a group of weights that is gathered for a pass, as a multiple of their size: weights, gradients and what is
+# sent and received. Measured with gloo.
+GATHERED = 6
 # The first step allocates the gradients, whose memory AdamW's averages then take: the second allocates them again.
 WARM_UP_STEPS, CALIBRATION_STEPS = 2, 4
 # A long run is measured for longer than four steps, up to this share of it and this many seconds.
@@ -38,6 +41,7 @@ CALIBRATION_TOKENS = 8
 SAVED_BYTES_PER_SECOND = 6e8  # written, hashed and synced on a solid-state disk; measured
 # Where a checkpoint takes a second or more, fifty times as long is trained between two.
 NOTICED_SECONDS, SAVING_FACTOR = 1.0, 50
+PROGRAM_BYTES = 500_000_000  # resident memory before a model is loaded; measured
 LATER_BYTES = 60_000_000  # resident memory added after the forecast, matplotlib among it; measured
 
 
@@ -53,8 +57,9 @@ class Forecast:
     save_every: int
 
     def __str__(self) -> str:
+        each = " in each process" if parallel.size() > 1 else ""
         return (f"about {format_seconds(self.seconds)} for {self.steps:,} steps ({self.epochs:.3g} epochs), "
-                f"{self.peak_bytes / 1e9:.3g} GB of memory, {self.disk_bytes / 1e9:.2f} GB of disk")  # fmt: skip
+                f"{self.peak_bytes / 1e9:.3g} GB of memory{each}, {self.disk_bytes / 1e9:.2f} GB of disk")  # fmt: skip
 
 
 def format_seconds(seconds: float) -> str:
@@ -66,7 +71,7 @@ def format_seconds(seconds: float) -> str:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Return the memory available: of a GPU, else of the machine or of the container, whichever is less."""
+    """Return the memory available: of a GPU, else this process's share of what machine and container have."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     if device.type == "mps":
@@ -78,7 +83,7 @@ def free_bytes(device: torch.device) -> int:
     if (group / "memory.max").is_file() and (limit := (group / "memory.max").read_text().strip()).isdecimal():
         cached = _read_numbers(group / "memory.stat").get("inactive_file", 0)
         free = min(free, int(limit) - int((group / "memory.current").read_text()) + cached)
-    return max(0, free)
+    return max(0, free) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def _read_numbers(path: Path) -> dict[str, int]:
@@ -109,6 +114,16 @@ def count_activations(model, input_ids: torch.Tensor, autocast: Callable[[], Abs
     return sum(storage.nbytes() for pointer, storage in kept.items() if pointer not in weights)
 
 
+def largest_group(model) -> int:
+    """Return the bytes of the largest group of weights that several processes gather together; 0 for one process."""
+    seen, sizes = set(), [0]
+    for group in reversed(parallel.groups(model)):  # the whole model last: the rest of its weights is a group
+        own = set(group.parameters()) - seen
+        seen |= own
+        sizes.append(sum(p.numel() * p.element_size() for p in own))
+    return max(sizes)
+
+
 def choose_micro_batch(
     model, data: Blocks, autocast: Callable[[], AbstractContextManager], batch_size: int, given: int | None
 ) -> int:
@@ -123,14 +138,16 @@ def choose_micro_batch(
         one, both = (count_activations(model, part, autocast) for part in (blocks[:1], blocks))
     per_block = max(both - one, 1) if len(blocks) == 2 else one  # weights in bf16 are kept in both
     training = 4 * checkpoint_bytes(model) // 3 // parallel.size()  # gradients, averages, weights in bf16, a margin
-    fits = max(0, math.floor((USABLE * free_bytes(model.device) - training) / (TEMPORARY * per_block)))
+    training += GATHERED * largest_group(model)
+    free = free_bytes(model.device)
+    fits = max(0, math.floor((USABLE * free - training) / (TEMPORARY * per_block)))
     wanted = min(batch_size, given or enough)
     if wanted > fits and (given or not fits):
         needed = (training + TEMPORARY * per_block * (wanted if given else 1)) / 1e9
         advice = f"--micro-batch-size {fits} fits" if fits else "a smaller model or --block-size may fit"
-        warn(f"memory is short: about {needed:.1f} GB are needed, {free_bytes(model.device) / 1e9:.1f} GB are free; "
+        warn(f"memory is short: about {needed:.1f} GB are needed, {free / 1e9:.1f} GB are free; "
              f"{advice}")  # fmt: skip
-    return wanted if given else parallel.least(max(1, min(wanted, fits)))
+    return parallel.least(wanted if given else max(1, min(wanted, fits)))
 
 
 def read_clock(device: torch.device) -> float:
@@ -168,8 +185,16 @@ def forecast_run(
     seconds += n_evaluations * (evaluating + saving / 3) + n_saves * saving
     seconds += evaluating * (first_step == 0)  # the base model is not saved
     disk = checkpoint_bytes(model) * (min(n_saves, setup.keep_checkpoints + 1) + 1 / 3)
-    peak = peak_bytes(setup.device) + (LATER_BYTES if setup.device.type == "cpu" else 0)
+    peak = peak_bytes(setup.device)
+    if setup.device.type == "cpu":
+        peak = max(peak, saving_bytes(model)) + LATER_BYTES
     return Forecast(seconds, peak, int(disk), n_left, blocks_left / len(data.train), parallel.from_main(save_every))
+
+
+def saving_bytes(model) -> int:
+    """Return the memory of process 0 of several while it saves: whole weights, beside its part of all; else 0."""
+    whole = checkpoint_bytes(model)
+    return PROGRAM_BYTES + whole // parallel.size() + whole // 3 if parallel.size() > 1 else 0
 
 
 def count_due(step: int, last: int, interval: int) -> int:

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +24,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import AutoModelForCausalLM
 
 from utils.errors import EXIT_MACHINE, UserError, lost_process
+from utils.model.checks import check_causal
+from utils.storage import diff_settings
 
 SPEAKER = "speaker"  # the store's key for the process whose error line is printed
 _store = None
@@ -64,6 +67,7 @@ def _join(device: torch.device, timeout: int) -> torch.device:
     wait = timedelta(seconds=timeout)
     _store, rank, world_size = next(dist.rendezvous("env://", timeout=wait))
     dist.init_process_group(store=_store, rank=rank, world_size=world_size, timeout=wait)
+    torch.set_autocast_cache_enabled(False)  # what it keeps, weights in bf16, would be whole in every process
     if rank:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - until the process ends
     return device
@@ -164,6 +168,15 @@ def from_main(value: Any) -> Any:
     return json.loads(bytes(data.tolist()))
 
 
+def refuse_other_command(flags: dict[str, Any], data_sha256: str) -> None:
+    """Refuse other flags or blocks than those of process 0; a folder may have another path on another machine."""
+    flags = {name: value for name, value in flags.items() if not isinstance(value, Path)} | {"data_dir": data_sha256}
+    changed = diff_settings(from_main(flags), flags)
+    if changed:
+        flag, first, own = f"--{changed[0].replace('_', '-')}", *changed[1:]
+        raise UserError(f"process {rank()} has {flag} {own}, process 0 has {first}; give all the same flags and data")
+
+
 def gather_rows(rows: torch.Tensor) -> list[torch.Tensor]:
     """Return the (..., D) CPU tensors of all processes, of any number of rows, in the order of the processes."""
     if size() == 1:
@@ -191,6 +204,18 @@ class AgreedSignal:
         return self.number > 0
 
 
+def build_alike(model):
+    """Return the model of process 0; elsewhere one of its form whose weights have no values and take no memory."""
+    fields = from_main(json.loads(model.config.to_json_string()) if is_main() else None)
+    if is_main():
+        return model
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(check_causal(fields, "process 0"), dtype=torch.float32)
+    empty.to_empty(device="cpu")
+    empty.tie_weights()
+    return empty
+
+
 def shard(model, device: torch.device) -> None:
     """Leave 1/N of every weight of a model on the CPU to each process, on its device; one process takes all.
 
@@ -206,7 +231,7 @@ def shard(model, device: torch.device) -> None:
             fully_shard(module, mesh=mesh)
     # By default the root group stays whole after a forward pass, and its parameters are others than the optimizer's.
     fully_shard(model, mesh=mesh, reshard_after_forward=True)
-    for module in _groups(model):
+    for module in groups(model):
         # The loss is weighted by its share of the step's blocks, so gradients are summed; gloo's mean is a sum.
         module.set_force_sum_reduction_for_comms(True)
         module.set_gradient_divide_factor(1.0)
@@ -217,7 +242,8 @@ def shard(model, device: torch.device) -> None:
         dist.broadcast(buffer, 0)
 
 
-def _groups(model) -> list[FSDPModule]:
+def groups(model) -> list[FSDPModule]:
+    """Return the modules whose weights are gathered together, the whole model first; none for one process."""
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
@@ -260,10 +286,13 @@ def gather_model(model):
 @contextmanager
 def unsharded(model) -> Iterator[None]:
     """Hold the whole weights in every process, so that it may compute without the others: for short texts."""
-    for group in _groups(model):
+    for group in groups(model):
         group.unshard()
         group.set_reshard_after_forward(False, recurse=False)
+    cached = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(True)
     yield
-    for group in _groups(model):
+    torch.set_autocast_cache_enabled(cached)
+    for group in groups(model):
         group.set_reshard_after_forward(True, recurse=False)
         group.reshard()
