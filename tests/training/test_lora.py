@@ -1,6 +1,5 @@
 """LoRA through the command: the merged model and its adapter, resuming to the bit, and what is refused."""
 
-import json
 import os
 import re
 import shutil
@@ -74,28 +73,24 @@ def check_result(out, base):
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     layers = {n for n, m in merged.named_modules() if type(m).__name__ in ("Conv1D", "Linear") and n != "lm_head"}
     assert changed == {f"{name}.weight" for name in layers}
+    targets = read_json(out / "adapter/adapter_config.json")["target_modules"]
+    assert targets == sorted(targets), "a set would be written in another order by the next process"
     assert {path.name for path in (out / "adapter").iterdir()} == ADAPTER
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_merged_model_equals_base_and_adapter(finetune, script, tiny_model, no_network, dtype):
-    ran, out = finetune("run", "--save-dtype", dtype)
-    assert "rank 4, alpha 8, " in ran.out
+def test_merged_model_equals_base_and_adapter(finetune, script, tiny_model, no_network):
+    ran, out = finetune("run")
+    check_result(out, tiny_model)
     config = read_json(out / "adapter/adapter_config.json")
     assert (config["r"], config["lora_alpha"], config["lora_dropout"], config["fan_in_fan_out"]) == (4, 8, 0, True)
     n_trained = sum(t.numel() for t in load_file(out / "adapter/adapter_model.safetensors").values())
-    parameters = read_json(out / "run_config.json")["parameters"]
-    assert (
-        parameters["trained"]
-        == n_trained
-        == parameters["all"] - sum(p.numel() for p in load_model(tiny_model).parameters())
-    )
-    if dtype == "fp32":
-        check_result(out, tiny_model)
-    else:  # merged in float32, then rounded once
-        exact = load_file(finetune("exact")[1] / "model.safetensors")
-        rounded = load_file(out / "model.safetensors")
-        assert all(torch.equal(rounded[name], tensor.bfloat16()) for name, tensor in exact.items())
+    n_base = sum(p.numel() for p in load_model(tiny_model).parameters())
+    assert read_json(out / "run_config.json")["parameters"] == {"all": n_base + n_trained, "trained": n_trained}
+    assert f"rank 4, alpha 8, {n_trained:,} parameters trained" in ran.out
+    # Merged in float32, then rounded once.
+    rounded = load_file(finetune("bf16", "--save-dtype", "bf16")[1] / "model.safetensors")
+    exact = load_file(out / "model.safetensors")
+    assert all(torch.equal(rounded[name], tensor.bfloat16()) for name, tensor in exact.items())
     assert script("generate_text", "--finetuned-model", out, "--max-new-tokens", 5, "--no-measure").code == 0
     assert "Trained with LoRA (rank 4, alpha 8" in (out / "README.md").read_text()
     assert not list(out.rglob("*.bin"))
@@ -169,17 +164,14 @@ def test_stopped_and_resumed_equals_unbroken(finetune, stopped):
     assert digest_all(stopped) == digest_all(whole)
 
 
-@pytest.mark.parametrize(
-    ("flags", "says"),
-    [
+def test_another_adapter_is_refused(finetune, stopped):
+    before = digest_files(stopped)
+    for flags, says in [
         (["--lora-rank", 5], "--lora-rank 5 but the run has 4"),
         (["--lora-rank", 0], "--lora-rank None but the run has 4"),
         (["--lora-alpha", 9], "--lora-alpha 9 but the run has 8"),
-    ],
-)
-def test_another_adapter_is_refused(finetune, stopped, flags, says):
-    before = digest_files(stopped)
-    assert says in finetune("stopped", "--dropout", "0.2", *flags, code=2)[0].err
+    ]:
+        assert says in finetune("stopped", "--dropout", "0.2", *flags, code=2)[0].err
     assert digest_files(stopped) == before
 
 
@@ -321,31 +313,36 @@ def test_dry_run_knows_that_few_weights_are_trained(finetune, tiny_model, monkey
     assert [each.disk_bytes for each in made] == [2 * 3 * whole + whole, 2 * 3 * adapter + whole + adapter]
 
 
-@pytest.mark.parametrize("moment", ["before", "after"])
-def test_killed_while_the_best_model_is_replaced(workshop, tmp_path, moment):  # noqa: F811
-    """Adapter and merged model are never of different steps: the folder is refused until the run is resumed."""
-    whole, out = (workshop.folder / name / moment for name in ("whole", "killed"))
-    command = workshop.finetune(whole, "--lora-rank", 2)
-    assert run_child(*command).code == 0
+def kill_at(moment):
+    """Return a hook that kills the process before or after the second best model's adapter takes its place."""
 
-    def prepare(replace_path=os.replace, seen=[]):  # noqa: B006
+    def prepare(rename=os.replace):
+        seen = []
+
         def killing(source, target):
-            if str(target).endswith("/adapter"):
-                seen.append(target)
+            seen.extend([target] if str(target).endswith("/adapter") else [])
             if len(seen) == 2 and moment == "before":
                 os.kill(os.getpid(), signal.SIGKILL)
-            replace_path(source, target)
+            rename(source, target)
             if len(seen) == 2:
                 os.kill(os.getpid(), signal.SIGKILL)
 
         os.replace = killing
 
-    command = workshop.finetune(out, "--lora-rank", 2)
-    assert run_child(*command, prepare=prepare).code == -signal.SIGKILL
-    refused = run_child(*workshop.generate(out))
-    assert refused.code == 2
-    assert "error: model: " in refused.err
-    assert run_child(*command).code == 0
-    assert digest_all(out) == digest_all(whole)
-    assert not strays(out)
-    assert json.loads((out / "all_results.json").read_text())["best_step"] == 6
+    return prepare
+
+
+def test_killed_while_the_best_model_is_replaced(workshop):  # noqa: F811
+    """Adapter and merged model are never of different steps: the folder is refused until the run is resumed."""
+    whole, flags = workshop.folder / "whole", ("--lora-rank", 2)
+    assert run_child(*workshop.finetune(whole, *flags)).code == 0
+    for moment in ("before", "after"):
+        out = workshop.folder / moment
+        command = workshop.finetune(out, *flags)
+        assert run_child(*command, prepare=kill_at(moment)).code == -signal.SIGKILL
+        refused = run_child(*workshop.generate(out))
+        assert refused.code == 2
+        assert "error: model: " in refused.err
+        assert run_child(*command).code == 0
+        assert digest_all(out) == digest_all(whole)
+        assert not strays(out)

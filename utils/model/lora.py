@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from utils.errors import UserError
 
 ADAPTER = "default"  # peft's name of a model's only adapter
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
 
 
 def add_adapter(model, rank: int, alpha: int, seed: int, base: str, checkpoint: Path | None = None) -> None:
