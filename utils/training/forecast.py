@@ -159,7 +159,8 @@ def forecast_run(
         evaluating = time_evaluation(setup, model, data)
     blocks_left = sum(len(batch) for batch in setup.order.batches(first_step, setup.max_steps))
     seconds = blocks_left * block_seconds / parallel.size() + n_left * step_seconds
-    saving, publishing = (size(model) / SAVED_BYTES_PER_SECOND for size in (checkpoint_bytes, best_bytes))
+    checkpoint, best, keep = checkpoint_bytes(model), best_bytes(model), setup.keep_checkpoints
+    saving, publishing = checkpoint / SAVED_BYTES_PER_SECOND, best / SAVED_BYTES_PER_SECOND
     save_every = setup.save_every or setup.eval_every
     if not setup.save_every and saving > NOTICED_SECONDS:
         between = setup.eval_every * seconds / max(1, n_left)
@@ -168,7 +169,8 @@ def forecast_run(
     n_saves = count_due(first_step, setup.max_steps, save_every)
     seconds += n_evaluations * (evaluating + publishing) + n_saves * saving
     seconds += evaluating * (first_step == 0)  # the base model is not saved
-    disk = checkpoint_bytes(model) * min(n_saves, setup.keep_checkpoints + 1) + best_bytes(model)
+    # While a checkpoint or the best model is replaced, the old one is still there.
+    disk = best + max(checkpoint * min(n_saves, keep + 1), checkpoint * min(n_saves - 1, keep) + best)
     peak = peak_bytes(setup.device) + (LATER_BYTES if setup.device.type == "cpu" else 0)
     return Forecast(seconds, peak, disk, n_left, blocks_left / len(data.train), parallel.from_main(save_every))
 
