@@ -15,13 +15,6 @@ from utils.argument_types import auto_or, device_name, number
 from utils.cli import Parser, StopSignal, check_processes, ignore_signals, parse_first, print_table, run
 from utils.errors import UserError, explain_failures, warn
 
-# Flags that do not shape the result: a run may be resumed with other values of these.
-FREE_FLAGS = {
-    "data_dir", "output_dir", "overwrite", "device", "num_workers", "save_every", "keep_checkpoints", "log_every",
-    "report_to", "sample_prompt", "sample_tokens", "micro_batch_size", "dry_run", "process_timeout",
-    "gradient_checkpointing",
-}  # fmt: skip
-
 
 def parse_args(argv=None):
     positive = number(int, 1)
@@ -31,6 +24,9 @@ def parse_args(argv=None):
     add("--model-name", help="hub name or folder (default: the model the data was prepared for)")
     add("--from-scratch", type=Path, metavar="CONFIG.json", help="train random weights of this configuration instead")
     add("--dropout", type=number(float, 0, 1, below=True), help="dropout rate (default: the model's)")
+    add("--lora-rank", type=number(int, 0), default=0, metavar="N",
+        help="train a LoRA adapter of this rank, at 10 times the learning rate; 0 trains all weights")  # fmt: skip
+    add("--lora-alpha", type=positive, help="LoRA's scale, times the rank (default: 2 N)")
     add = parser.add_argument_group("optimization").add_argument
     add("--epochs", type=positive, default=3, help="passes over the training blocks")
     add("--max-steps", type=positive, help="optimizer steps; overrides --epochs")
@@ -78,6 +74,11 @@ def parse_args(argv=None):
     check_processes(args.batch_size)
     if args.from_scratch and args.model_name:
         raise UserError("--from-scratch and --model-name exclude each other")
+    if args.lora_alpha and not args.lora_rank:
+        raise UserError(f"--lora-alpha {args.lora_alpha} has no effect without --lora-rank")
+    if args.lora_rank and args.from_scratch:
+        raise UserError("--lora-rank and --from-scratch exclude each other")
+    args.lora_alpha = args.lora_alpha or 2 * args.lora_rank or None
     return args
 
 
@@ -97,14 +98,15 @@ from utils.evaluation.unseen import save_training_ngrams
 from utils.model import loading
 from utils.model.hub import find_local, hash_model, locate_model
 from utils.model.layers import use_fast_layers
+from utils.model.lora import add_adapter
 from utils.output_dir import check_output_dir, lock
-from utils.storage import clear_folder, hash_files, require_space, sweep
+from utils.storage import clear_folder, require_space, sweep
 from utils.training import checkpoint as checkpoints
 from utils.training import parallel
 from utils.training.forecast import choose_micro_batch, forecast_run
 from utils.training.metrics import MetricsLog, write_results, write_run_config
 from utils.training.optim import StepFigures, build_optimizer, build_schedule, clip_gradients, set_lr
-from utils.training.setup import TrainingSetup, keep_freed_memory
+from utils.training.setup import TrainingSetup, collect_settings, keep_freed_memory
 
 
 def claim_output_dir(args):
@@ -126,18 +128,6 @@ def find_base(args, data):
         raise UserError("the data has a tokenizer of its own and no model; give --from-scratch CONFIG.json")
     is_new = args.overwrite or not (args.output_dir / "run_config.json").is_file()
     return base, (locate_model if is_new else find_local)(base) if parallel.is_main() else None
-
-
-def collect_settings(args, data, base, folder):
-    """Return everything that shapes the result, with hashes of data and base model: equal settings, equal run."""
-    settings = {name: value for name, value in vars(args).items() if name not in {*FREE_FLAGS, "model_name"}}
-    settings |= {"from_scratch": args.from_scratch and str(args.from_scratch), "data_sha256": data.sha256}
-    settings["model_name"] = None if args.from_scratch else base
-    if args.from_scratch and args.from_scratch.is_file():
-        settings["base_sha256"] = hash_files([args.from_scratch])
-    elif folder:  # a hub model that has left the cache is not needed to resume
-        settings["base_sha256"] = hash_model(folder)
-    return settings
 
 
 def find_run(args, settings):
@@ -163,16 +153,21 @@ def load_model(args, data, base, folder, checkpoint, device):
     model, tokenizer = None, load_tokenizer(args.data_dir / "tokenizer")
     if not parallel.is_main():
         pass  # process 0 alone reads the model
-    elif checkpoint:
+    elif checkpoint and not args.lora_rank:
         model, tokenizer = loading.load_pair(checkpoint, verified=True, dropout=args.dropout)
     elif args.from_scratch:
         model = loading.new_model(args.from_scratch, tokenizer, args.seed, args.dropout)
     else:
-        model, tokenizer = loading.load_pair(folder or locate_model(base), dropout=args.dropout)
+        if folder is None:  # the base has left the cache since the run was started
+            folder = locate_model(base)
+            checkpoints.refuse_other_settings(args.output_dir / "run_config.json", {"base_sha256": hash_model(folder)})
+        model, tokenizer = loading.load_pair(folder, dropout=args.dropout)
     if fingerprint_tokenizer(tokenizer) != data.manifest["tokenizer"]["sha256"]:
         raise UserError(f"data was made with another tokenizer than {base}'s; run prepare_data.py --model-name {base}")
     model = parallel.build_alike(model).train()
     loading.check_fit(model, data)
+    if args.lora_rank:
+        add_adapter(model, args.lora_rank, args.lora_alpha, args.seed, base, parallel.is_main() and checkpoint)
     use_fast_layers(model, device, args.compile)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -201,10 +196,11 @@ def start_run(args, settings, data, base, model, tokenizer, setup, state):
     checkpoints.record_machine(state, setup.device, setup.micro_batch_size)
     if parallel.is_main():
         used = sum(path.stat().st_size for path in args.output_dir.rglob("*") if path.is_file())
-        require_space(args.output_dir, 2 * checkpoints.checkpoint_bytes(model) - used, "a pair of checkpoints")
+        most = max(checkpoints.checkpoint_bytes(model), checkpoints.best_bytes(model))
+        require_space(args.output_dir, 2 * most - used, "a new run")
         # Only now: everything that could be refused has been. The mark that makes the folder ours is replaced last.
         clear_folder(args.output_dir, keep=["run_config.json"])
-        write_run_config(args.output_dir, settings, vars(args), base, data, state.machine)
+        write_run_config(args.output_dir, settings, vars(args), base, model, data, state.machine)
         save_training_ngrams(args.output_dir, data.ids("train"))
     if args.from_scratch:  # so that generate_text.py has a base to compare with
         checkpoints.save_best(Path(base), model, tokenizer, loading.DTYPES[args.save_dtype])
@@ -320,6 +316,8 @@ def print_settings(args, setup, data, model, base, forecast):
     batch, limit = setup.order.blocks_per_step, setup.copy_monitor.limit
     print_table("training", [
         ("model", f"{base}, {loading.count_parameters(model):,} parameters"),
+        ("LoRA", f"rank {args.lora_rank}, alpha {args.lora_alpha}, {loading.count_parameters(model, trained=True):,} "
+                 "parameters trained" if args.lora_rank else None),
         ("data", f"{args.data_dir}: {len(data.train):,} + {len(data.validation):,} blocks of {data.block_size} tokens"),
         ("step", f"{batch} blocks ({args.grad_accum_steps} x {args.batch_size}), {batch * data.block_size:,} tokens; "
                  f"{setup.micro_batch_size} blocks per forward pass"),
@@ -359,7 +357,7 @@ def main(args):
         order = BatchOrder(len(data.train), args.batch_size, args.grad_accum_steps, args.seed)
         max_steps = args.max_steps or args.epochs * order.steps_per_epoch
         base, folder = find_base(args, data)
-        settings = collect_settings(args, data, base, folder)
+        settings = collect_settings(vars(args), data.sha256, base, folder)
         checkpoint, state = find_run(args, settings)
         if state.finished:
             if not args.dry_run and parallel.is_main():

@@ -324,10 +324,11 @@ def measure(args, models, tokenizer, data, control, limit, samples, judged, reco
     return {**figures, **texts, **quiz, "training": curves}, missing + reasons
 
 
-def describe_settings(args, base_name, folders, data, dtype):
+def describe_settings(args, base_name, folders, data, recorded, dtype):
     """Return everything that shapes the figures, with hashes of models, data, general and judged texts."""
     settings = {name: value for name, value in vars(args).items() if name not in LIVE_FLAGS}
     settings |= {"base_model": base_name, "data_dir": data.folder if data else None, "dtype": dtype}
+    settings |= {name: (recorded.get("settings") or {}).get(name) for name in ("lora_rank", "lora_alpha")}
     for name, folder in folders.items():
         settings[f"{name}_sha256"] = hash_model(folder)
     settings["data_sha256"] = hash_file(data.folder / "manifest.json") if data else None
@@ -356,7 +357,7 @@ def main(args):
             use_fast_layers(model.to(device), device)
         reader, reader_tokenizer = load_reader(args, folders, models, tokenizer, device)
         judged = open_judged(args, data, tokenizer)
-        settings = describe_settings(args, base_name, folders, data, dtype)
+        settings = describe_settings(args, base_name, folders, data, recorded, dtype)
 
         # Seeds: args.seed + number of the sample, the same for both models; bootstrap and quiz use args.seed too.
         sampling, scoring = (functools.partial(autocast, device, name) for name in (dtype, "fp32"))

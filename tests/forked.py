@@ -160,9 +160,10 @@ def digest_tensors(*paths):
 
 
 def digest_run(out, step=6):
-    """Return the sha256 that undisturbed and disturbed runs must share: best model, last model, optimizer."""
-    last = out / f"checkpoint-{step}"
-    return digest_tensors(out / "model.safetensors", last / "model.safetensors", last / "optimizer.safetensors")
+    """Return the sha256 that undisturbed and disturbed runs must share: best and last model or adapter, optimizer."""
+    last, adapter = out / f"checkpoint-{step}", sorted(out.glob("adapter/*.safetensors"))
+    weights = last / (adapter[0].name if adapter else "model.safetensors")
+    return digest_tensors(out / "model.safetensors", *adapter, weights, last / "optimizer.safetensors")
 
 
 def digest_files(folder):

@@ -120,6 +120,9 @@ class Case:
         elif how == "unsaved":  # a best model at the root, and no checkpoint yet
             self.flags, self.older, self.interval = ["--save-every", 6], folder / "older", 6
             self.run(die_in_first_save, self.make(self.older, *self.flags), code=-signal.SIGKILL)
+        elif how == "lora":
+            pytest.importorskip("peft")  # before the forks, so that no child imports it
+            self.flags = ["--lora-rank", 2]
         elif script == "generate":
             self.flags, self.older = (
                 ["--measure", "--num-validation-prompts", 0] if how == "measured" else [],
@@ -215,7 +218,7 @@ def die_in_first_save():
 
 
 CASES = ["prepare", "prepare --overwrite", "finetune", "finetune --overwrite", "finetune stopped", "finetune unsaved",
-         "generate", "generate measured"]  # fmt: skip
+         "generate", "generate measured", pytest.param("finetune lora", marks=pytest.mark.slow)]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -374,7 +377,7 @@ class Disk:
 
 
 CUTS = {"finetune": (100, 1500), "finetune --overwrite": (6, 300), "finetune stopped": (8, 300),
-        "finetune unsaved": (6, 300), "prepare": (20, 500), "prepare --overwrite": (8, 200),
+        "finetune unsaved": (6, 300), "finetune lora": (4, 300), "prepare": (20, 500), "prepare --overwrite": (8, 200),
         "generate": (5, 100), "generate measured": (5, 100)}  # fmt: skip
 
 

@@ -295,7 +295,7 @@ def test_a_disk_too_small_for_two_checkpoints(small_disk, workshop):  # noqa: F8
     out = small_disk / "out"
     ended = run_child(*workshop.finetune(out))
     line = check_failure(ended, out, "12 MB free", sizes=True)
-    assert "a pair of checkpoints needs 16.2 MB, 12.0 MB free" in line
+    assert "a new run needs 16.2 MB, 12.0 MB free" in line
     assert "step 0: " not in ended.out
     assert [path.name for path in small_disk.iterdir()] == ["filler"]
 
@@ -346,7 +346,7 @@ def test_room_is_asked_for_before_the_first_step(workshop, undisturbed, tmp_path
     out = tmp_path / "out"
     command = workshop.finetune(out)
     ended = run_child(*command, prepare=free(16 * MB))
-    assert "a pair of checkpoints needs 16.2 MB, 16.0 MB free" in check_failure(ended, out, "a new run", sizes=True)
+    assert "a new run needs 16.2 MB, 16.0 MB free" in check_failure(ended, out, "a new run", sizes=True)
     assert not out.exists()
     ended = run_child(*command, prepare=before(checkpoint, "save_optimizer", lambda: os.kill(os.getpid(), 9), call=2))
     assert ended.code == -9

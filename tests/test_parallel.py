@@ -30,7 +30,7 @@ import finetune_generative
 from utils.evaluation import generation
 from utils.model import hub, loading
 from utils.storage import read_json
-from utils.training import checkpoint, forecast, parallel
+from utils.training import checkpoint, forecast, optim, parallel
 
 ROOT = Path(__file__).parent.parent
 SEED = 1872
@@ -245,6 +245,38 @@ def test_as_many_processes_resume_to_the_bit(workshop):  # noqa: F811
     assert digest_run(out, 30) == digest_run(whole, 30)
     states = load_file(out / "checkpoint-30" / "rng_state.safetensors")
     assert not torch.equal(states["cpu"], states["cpu.1"])
+
+
+def test_an_adapter_is_the_same_for_any_number_of_processes(workshop):  # noqa: F811
+    """Of rank 2 some of four processes hold no row of A; two that are stopped are resumed by two, to the bit."""
+    pytest.importorskip("peft")  # before the forks, so that no child imports it
+    flags = (*SAME, "--lora-rank", 2, "--max-steps", 12, "--eval-every", 6, "--save-every", 6)
+    folders = {n: fresh(workshop.folder / f"adapter-{n}") for n in (1, 2, 4)}
+    for n, folder in folders.items():
+        check_all(run_group(n, workshop.finetune(folder, *flags)))
+        assert not strays(folder)
+    for n in (2, 4):
+        assert check_same_run(folders[1], folders[n]) > 12
+        names = {path.relative_to(folders[n]).as_posix() for path in folders[n].rglob("*")}
+        assert names == {path.relative_to(folders[1]).as_posix() for path in folders[1].rglob("*")}
+    out = fresh(workshop.folder / "adapter-resumed")
+    check_all(run_group(2, workshop.finetune(out, *flags), stop_in_step(6)), 143)
+    assert not (out / "checkpoint-12").exists()
+    check_all(run_group(2, workshop.finetune(out, *flags)))
+    assert digest_run(out, 12) == digest_run(folders[2], 12)
+
+
+def stop_in_step(step):
+    """Return a hook that sends SIGTERM to each process in the step that begins at `step`."""
+
+    def prepare(_rank):
+        def stopping(*settings, build=optim.build_schedule):
+            schedule = build(*settings)
+            return lambda now: (now == step and signal.raise_signal(signal.SIGTERM)) or schedule(now)
+
+        replace(optim, "build_schedule", stopping)
+
+    return prepare
 
 
 def test_each_process_holds_its_share(workshop):  # noqa: F811

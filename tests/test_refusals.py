@@ -958,7 +958,7 @@ def test_failures_in_training(script, here, prepared, monkeypatch, place, wrap, 
 
 SMALL_DISK = [
     ("P48", "output-dir: out: disk full, the data needs 8.0 MB, 3.0 MB free"),
-    ("F72", "output-dir: out: disk full, a pair of checkpoints needs 17."),
+    ("F72", "output-dir: out: disk full, a new run needs 17."),
 ]
 
 

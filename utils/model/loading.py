@@ -40,6 +40,8 @@ def load_model(folder: Path, dropout: float | None = None):
     """
     if not folder.is_dir():
         raise UserError(f"model: {folder}: no such directory")
+    if (folder / "adapter_config.json").is_file():  # with peft there, transformers would add it, from a pickle too
+        raise UserError(f"model: {folder} has an adapter, expected a whole model; merge it first")
     config = check_causal(read_config(folder / "config.json"), str(folder))
     if dropout is not None:
         set_dropout(config, dropout)
@@ -126,9 +128,9 @@ def refuse_not_finite(model, optimizer=None) -> None:
         raise UserError(f"{name} has a value that is not a finite number", EXIT_DIVERGED)
 
 
-def count_parameters(model) -> int:
-    """Count parameters, tied ones once."""
-    return sum(p.numel() for p in model.parameters())
+def count_parameters(model, trained: bool = False) -> int:
+    """Count parameters, tied ones once: all, or those that are trained."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad or not trained)
 
 
 def pick_device(name: str) -> torch.device:

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 
 from utils.errors import UserError, require_finite, warn
 from utils.model.loading import refuse_not_finite
+from utils.model.lora import has_adapter, save_adapter
 from utils.storage import (
     MANIFEST,
     diff_settings,
@@ -86,20 +87,24 @@ def save_checkpoint(output_dir: Path, model, tokenizer, optimizer, state: TrainS
         publish = publish_files if folder.is_dir() and check_checkpoint(folder) is None else publish_folder
         publishing = publish(folder, {"format": FORMAT}, checkpoint_bytes(model), "a checkpoint")
     with publishing as partial:
-        _save_weights(parallel.gather_model(model), tokenizer, partial)
+        _save_trained(model, partial)
         save_optimizer(model, optimizer, partial and partial / OPTIMIZER)
         save_random_state(partial and partial / RANDOM, model.device)
         if partial:
+            tokenizer.save_pretrained(partial)
             write_json(partial / STATE, asdict(state))
     if parallel.is_main():
         remove_older(folder, keep)
     return folder
 
 
-def _save_weights(model, tokenizer, folder: Path | None) -> None:
-    if folder:
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+def _save_trained(model, folder: Path | None) -> None:
+    if has_adapter(model):
+        adapter = parallel.gather_weights(model, trained_only=True)
+        if folder:
+            save_adapter(model, adapter, folder)
+    elif whole := parallel.gather_model(model):
+        whole.save_pretrained(folder)
 
 
 def remove_older(folder: Path, keep: int) -> None:
@@ -110,21 +115,29 @@ def remove_older(folder: Path, keep: int) -> None:
 
 
 def checkpoint_bytes(model) -> int:
-    """Estimate the bytes of a checkpoint: weights and AdamW's two averages."""
-    return 3 * sum(p.numel() * p.element_size() for p in model.parameters()) + OTHER_BYTES
+    """Estimate the bytes of a checkpoint: trained weights and AdamW's two averages."""
+    return 3 * sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad) + OTHER_BYTES
+
+
+def best_bytes(model) -> int:
+    """Estimate the bytes of the best model at the root of the output folder."""
+    return sum(p.numel() * p.element_size() for p in model.parameters()) + OTHER_BYTES // 3
 
 
 def save_best(output_dir: Path, model, tokenizer, dtype: torch.dtype) -> None:
-    """Write model (weights in `dtype`, itself unchanged) and tokenizer to the root of the output folder."""
-    whole = parallel.gather_model(model)
-    if not whole:
+    """Write model (weights in `dtype`, adapter merged and beside it) and tokenizer to the root of the output folder."""
+    adapter = parallel.gather_weights(model, trained_only=True) if has_adapter(model) else {}
+    if not (whole := parallel.gather_model(model)):
         return
     output_dir.mkdir(exist_ok=True)
     # A copy keeps tied weights tied, so that they are written once.
     written = whole if whole.dtype == dtype else copy.deepcopy(whole).to(dtype)
     refuse_not_finite(written)
-    with publish_files(output_dir, {"format": FORMAT}, checkpoint_bytes(whole) // 3, "the model") as partial:
-        _save_weights(written, tokenizer, partial)
+    with publish_files(output_dir, {"format": FORMAT}, best_bytes(model), "the model") as partial:
+        written.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        if adapter:
+            save_adapter(model, adapter, partial / "adapter")
 
 
 def record_machine(state: TrainState, device: torch.device, micro_batch_size: int) -> None:

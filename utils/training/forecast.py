@@ -21,7 +21,7 @@ from utils.errors import warn
 from utils.evaluation.generation import Decoding, generate_ids
 from utils.model.loading import own_part
 from utils.training import parallel
-from utils.training.checkpoint import checkpoint_bytes, keep_random_state
+from utils.training.checkpoint import best_bytes, checkpoint_bytes, keep_random_state
 from utils.training.optim import clip_gradients, set_lr
 from utils.training.setup import TrainingSetup
 
@@ -137,8 +137,8 @@ def choose_micro_batch(
     with keep_random_state(model.device):
         one, both = (count_activations(model, part, autocast) for part in (blocks[:1], blocks))
     per_block = max(both - one, 1) if len(blocks) == 2 else one  # weights in bf16 are kept in both
-    training = 4 * checkpoint_bytes(model) // 3 // parallel.size()  # gradients, averages, weights in bf16, a margin
-    training += GATHERED * largest_group(model)
+    # Gradients, averages, weights in bf16, a margin.
+    training = (checkpoint_bytes(model) + best_bytes(model)) // parallel.size() + GATHERED * largest_group(model)
     free = free_bytes(model.device)
     fits = max(0, math.floor((USABLE * free - training) / (TEMPORARY * per_block)))
     wanted = min(batch_size, given or enough)
@@ -175,26 +175,29 @@ def forecast_run(
         evaluating = time_evaluation(setup, model, data)
     blocks_left = sum(len(batch) for batch in setup.order.batches(first_step, setup.max_steps))
     seconds = blocks_left * block_seconds / parallel.size() + n_left * step_seconds
-    saving = checkpoint_bytes(model) / SAVED_BYTES_PER_SECOND
+    checkpoint, best, keep = checkpoint_bytes(model), best_bytes(model), setup.keep_checkpoints
+    saving, publishing = checkpoint / SAVED_BYTES_PER_SECOND, best / SAVED_BYTES_PER_SECOND
     save_every = setup.save_every or setup.eval_every
     if not setup.save_every and saving > NOTICED_SECONDS:
         between = setup.eval_every * seconds / max(1, n_left)
         save_every *= math.ceil(SAVING_FACTOR * saving / between)
     n_evaluations = count_due(first_step, setup.max_steps, setup.eval_every)
     n_saves = count_due(first_step, setup.max_steps, save_every)
-    seconds += n_evaluations * (evaluating + saving / 3) + n_saves * saving
+    seconds += n_evaluations * (evaluating + publishing) + n_saves * saving
     seconds += evaluating * (first_step == 0)  # the base model is not saved
-    disk = checkpoint_bytes(model) * (min(n_saves, setup.keep_checkpoints + 1) + 1 / 3)
+    # While a checkpoint or the best model is replaced, the old one is still there.
+    disk = best + max(checkpoint * min(n_saves, keep + 1), checkpoint * min(n_saves - 1, keep) + best)
     peak = peak_bytes(setup.device)
     if setup.device.type == "cpu":
         peak = max(peak, saving_bytes(model)) + LATER_BYTES
-    return Forecast(seconds, peak, int(disk), n_left, blocks_left / len(data.train), parallel.from_main(save_every))
+    return Forecast(seconds, peak, disk, n_left, blocks_left / len(data.train), parallel.from_main(save_every))
 
 
 def saving_bytes(model) -> int:
     """Return the memory of process 0 of several while it saves: whole weights, beside its part of all; else 0."""
-    whole = checkpoint_bytes(model)
-    return PROGRAM_BYTES + whole // parallel.size() + whole // 3 if parallel.size() > 1 else 0
+    best = best_bytes(model)
+    own = (best + 2 * checkpoint_bytes(model) // 3) // parallel.size()
+    return PROGRAM_BYTES + own + best if parallel.size() > 1 else 0
 
 
 def count_due(step: int, last: int, interval: int) -> int:

@@ -12,6 +12,7 @@ import transformers
 
 from utils.data.blocks import Blocks
 from utils.evaluation.plots import draw_loss
+from utils.model.loading import count_parameters
 from utils.storage import replacing, sync, write_json, write_text
 from utils.training import parallel
 
@@ -71,12 +72,13 @@ def read_metrics(folder: Path) -> list[dict]:
     return rows
 
 
-def write_run_config(folder: Path, settings: dict, flags: dict, base: str, data: Blocks, machine: dict) -> None:
-    """Write run_config.json: settings, flags, the data's counts and hashes, versions, machine."""
+def write_run_config(folder: Path, settings: dict, flags: dict, base: str, model, data: Blocks, machine: dict) -> None:
+    """Write run_config.json: settings, flags, the counts of model and data, hashes, versions, machine."""
     libraries = (torch, transformers, datasets, tokenizers)
     config = {
         "made_by": "finetune_generative.py",
         "base_model": base,
+        "parameters": {"all": count_parameters(model), "trained": count_parameters(model, trained=True)},
         "data_dir": str(data.folder),
         "settings": settings,
         "flags": flags,

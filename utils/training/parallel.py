@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM
 
 from utils.errors import EXIT_MACHINE, UserError, lost_process
 from utils.model.checks import check_causal
+from utils.model.lora import has_adapter, merge_adapter
 from utils.storage import diff_settings
 
 SPEAKER = "speaker"  # the store's key for the process whose error line is printed
@@ -263,17 +264,29 @@ def gather(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
 
 
-def gather_model(model):
-    """Return the model with whole weights; with several processes a copy on the CPU in process 0, None elsewhere."""
-    if size() == 1:
-        return model
+def gather_weights(model, trained_only: bool = False) -> dict[str, torch.Tensor]:
+    """Return whole weights by name, on the CPU; with several processes none outside process 0."""
     tensors = {}
-    for name, tensor in model.named_parameters():
-        whole = gather(tensor)
-        if is_main():
-            tensors[name] = whole.cpu()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad or not trained_only:
+            whole = gather(parameter)
+            if is_main():
+                tensors[name] = whole.cpu()
+    return tensors
+
+
+def gather_model(model):
+    """Return the model with whole weights and merged adapter; None outside process 0.
+
+    One process without an adapter gets the model itself, else it is a copy on the CPU.
+    """
+    if size() == 1 and not has_adapter(model):
+        return model
+    tensors = gather_weights(model)
     if not is_main():
         return None
+    if has_adapter(model):
+        tensors = merge_adapter(model, tensors)
     tensors |= {name: buffer.cpu() for name, buffer in model.named_buffers()}
     with torch.device("meta"):
         written = AutoModelForCausalLM.from_config(copy.deepcopy(model.config))

@@ -12,6 +12,15 @@ import torch
 
 from utils.data.blocks import BatchOrder
 from utils.evaluation.memorization import CopyMonitor
+from utils.model.hub import hash_model
+from utils.storage import hash_files
+
+# Flags that do not shape the result: a run may be resumed with other values of these.
+FREE_FLAGS = {
+    "data_dir", "output_dir", "overwrite", "device", "num_workers", "save_every", "keep_checkpoints", "log_every",
+    "report_to", "sample_prompt", "sample_tokens", "micro_batch_size", "dry_run", "process_timeout",
+    "gradient_checkpointing",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -45,6 +54,23 @@ class TrainingSetup:
     log_every: int
     report_to: str
     num_workers: int
+
+
+def collect_settings(flags: dict, data_sha256: str, base: str, folder: Path | None) -> dict:
+    """Return everything that shapes the result of a run; equal settings, equal run.
+
+    Args:
+        base: name of the base model, in `folder`; None where a hub model has left the cache.
+    """
+    settings = {name: value for name, value in flags.items() if name not in {*FREE_FLAGS, "model_name"}}
+    config = settings["from_scratch"]
+    settings |= {"from_scratch": config and str(config), "lora_rank": settings["lora_rank"] or None}
+    settings |= {"data_sha256": data_sha256, "model_name": None if config else base}
+    if config and config.is_file():
+        settings["base_sha256"] = hash_files([config])
+    elif folder:
+        settings["base_sha256"] = hash_model(folder)
+    return settings
 
 
 def keep_freed_memory(most: int = 2**30) -> None:
