@@ -181,7 +181,7 @@ def sample_ngrams(ids: Sequence, one_in: int, n_workers: int = 0) -> np.ndarray:
         hashes = hash_ngrams(ids[start : start + CHUNK + OVERLAP_TOKENS - 1], OVERLAP_TOKENS)
         return hashes[hashes % np.uint64(one_in) == 0]
 
-    with open_workers(sample_chunk, n_workers) as run:
+    with open_workers(sample_chunk, n_workers if len(ids) > CHUNK else 0) as run:
         kept = [hashes for _, hashes in run(range(0, len(ids) - OVERLAP_TOKENS + 1, CHUNK))]
     return np.sort(np.concatenate([np.zeros(0, np.uint64), *kept]))  # np.unique hashes: 60 times slower
 
