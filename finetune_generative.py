@@ -201,7 +201,7 @@ def start_run(args, settings, data, base, model, tokenizer, setup, state):
         # Only now: everything that could be refused has been. The mark that makes the folder ours is replaced last.
         clear_folder(args.output_dir, keep=["run_config.json"])
         write_run_config(args.output_dir, settings, vars(args), base, model, data, state.machine)
-        save_training_ngrams(args.output_dir, data.ids("train"))
+        save_training_ngrams(args.output_dir, data.view("train"))
     if args.from_scratch:  # so that generate_text.py has a base to compare with
         checkpoints.save_best(Path(base), model, tokenizer, loading.DTYPES[args.save_dtype])
 

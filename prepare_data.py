@@ -9,7 +9,7 @@ import math
 import os
 from pathlib import Path
 
-from utils.argument_types import names_of, number, text_encoding
+from utils.argument_types import auto_or, names_of, number, text_encoding
 from utils.cli import Parser, parse_first, print_table, run
 from utils.errors import UserError, warn
 
@@ -18,6 +18,7 @@ MAX_BLOCK = 1024
 # The faults that utils/data/doctor.py knows, in the order of mending.
 CLEAN = ("mojibake", "gutenberg", "pages", "hyphens", "lines", "quotes", "duplicates")
 DEFAULT_BATCH = 8
+TOKENIZER_CHARS = 1 << 28  # of the text that a tokenizer is learned from
 # With fewer training tokens than this, the text is memorized before its style is learned.
 SMALL_BOOK_TOKENS = 20_000
 
@@ -40,6 +41,8 @@ def parse_args(argv=None):
     add("--train-tokenizer", type=number(int, 257, 1_000_000), metavar="N",
         help="train a byte-level BPE tokenizer of N tokens on the training text instead")  # fmt: skip
     add("--block-size", type=number(int, 2, MAX_BLOCK), default=128, help="tokens per block")
+    add("--num-workers", type=auto_or(number(int, 0, 64)), metavar="N",
+        help="processes that tokenize, 0 for this one (default: auto, one per core, up to 8, above 64 MB)")  # fmt: skip
     add = parser.add_argument_group("output").add_argument
     add("--output-dir", type=Path, default=Path("results/data/blocks"), help="folder to write")
     add("--overwrite", action="store_true", help="replace the contents of --output-dir")
@@ -54,8 +57,10 @@ from tqdm import tqdm
 
 from utils.data import doctor
 from utils.data.blocks import FORMAT, read_manifest, save_blocks
-from utils.data.text import choose_chapters, find_books, read_book, read_segments
+from utils.data.corpus import EXAMINED, SLICE_BYTES, is_large, measure_books, read_segments
+from utils.data.text import choose_chapters, find_books
 from utils.data.tokenizer import TokenWriter, fingerprint_tokenizer, load_tokenizer, start_ids, train_tokenizer
+from utils.data.workers import choose_workers, open_workers
 from utils.evaluation.ngrams import measure_leakage
 from utils.model.hub import locate_model, position_limit, read_config
 from utils.output_dir import check_output_dir, lock
@@ -69,11 +74,12 @@ def read_books(args):
     training = [path for path in find_books(args.input_path) if os.path.realpath(path) not in apart]
     if not training:
         raise UserError("--val-path holds every file of --input-path; none is left for training")
-    books, findings = [], []
-    for path in training + validation:
-        text, book = read_book(path, args.encoding, path in validation, args.clean)
+    paths, books, findings = training + validation, [], []
+    if args.num_workers is None:
+        args.num_workers = choose_workers(sum(os.path.getsize(path) for path in paths if os.path.isfile(path)))
+    for book, found in measure_books(paths, validation, args.encoding, args.clean, args.num_workers):
         books.append(book)
-        findings += [(book.path.name, finding) for finding in doctor.examine(text)]
+        findings += [(book.path.name, finding) for finding in found]
         if args.output_dir.resolve() in book.path.resolve().parents:
             raise UserError(f"output-dir: refusing to use {args.output_dir}; it holds the book {book.path.name}")
     return books, findings
@@ -132,10 +138,7 @@ def prepare(args, books, tokenizer, settings):
     size = sum(book.n_bytes for book in books) + 8_000_000
     with publish_files(args.output_dir, manifest, size, "the data") as folder:
         if tokenizer is None:
-            print(f"learning a tokenizer of {args.train_tokenizer:,} tokens from the training text", flush=True)
-            segments = read_segments(books, args.encoding, args.val_split, args.seed, args.clean)
-            texts = (segment.text for segment in segments if segment.split == "train")
-            tokenizer = train_tokenizer(texts, args.train_tokenizer)
+            tokenizer = learn_tokenizer(args, books)
         tokenizer.save_pretrained(folder / "tokenizer")
         manifest |= {
             "model_name": settings["model_name"],
@@ -153,6 +156,16 @@ def prepare(args, books, tokenizer, settings):
     return manifest
 
 
+def learn_tokenizer(args, books):
+    """Train a tokenizer on the training text; of a large corpus, on pieces spread evenly over it."""
+    one_in = 1 + sum(book.n_chars for book in books) // TOKENIZER_CHARS
+    source = "the training text" if one_in == 1 else f"one in {one_in} pieces of the training text"
+    print(f"learning a tokenizer of {args.train_tokenizer:,} tokens from {source}", flush=True)
+    segments = read_segments(books, args.encoding, args.val_split, args.seed, args.clean)
+    texts = (segment.text for segment in segments if segment.split == "train")
+    return train_tokenizer(texts, args.train_tokenizer, one_in)
+
+
 def describe_chapters(args, books):
     """Return how many chapters the books have, and how many are validation text as a whole; {} without chapters."""
     count, by_file = sum(len(book.chapters) for book in books), any(book.validation for book in books)
@@ -164,15 +177,19 @@ def write_blocks(args, books, tokenizer, folder):
     """Tokenize every segment, write the blocks, and return their counts and spans."""
     writer = TokenWriter(folder, tokenizer)
     n_chars = sum(book.n_chars for book in books)
-    with tqdm(total=n_chars, unit="char", unit_scale=True, desc="tokenizing", delay=1) as bar:
-        for segment in read_segments(books, args.encoding, args.val_split, args.seed, args.clean):
-            writer.write(segment)
+    segments = read_segments(books, args.encoding, args.val_split, args.seed, args.clean)
+    with (
+        tqdm(total=n_chars, unit="char", unit_scale=True, desc="tokenizing", delay=1) as bar,
+        open_workers(writer.encode, args.num_workers) as run_all,
+    ):
+        for (segment, in_pieces), encoded in run_all((segment, writer.exact) for segment in segments):
+            writer.append(segment, in_pieces, *encoded)
             bar.update(len(segment.text))
     start = start_ids(tokenizer)
     check_block_counts(args, writer.n_tokens, args.block_size - len(start))
     tokens = writer.open_tokens()
     save_blocks(tokens, args.block_size, folder, start)
-    leakage = measure_leakage(tokens["train"], tokens["validation"])
+    leakage = measure_leakage(tokens["train"], tokens["validation"], args.num_workers)
     writer.remove_files()
     counts = {split: writer.count_split(split, args.block_size - len(start)) for split in tokens}
     return {"splits": counts, "leakage": leakage, "spans": writer.spans}
@@ -193,7 +210,10 @@ def check_block_counts(args, n_tokens, size):
 
 def print_faults(books, findings):
     """Print one line per fault that --clean has mended, and one per fault that it would mend."""
-    rows = []
+    rows, large = [], [book.path.name for book in books if is_large(book.path)]
+    if large:
+        several = f" and {len(large) - 1} more" * (len(large) > 1)
+        rows.append(("examined", f"{EXAMINED} or more parts of {SLICE_BYTES >> 20} MB of {large[0]}{several}"))
     for name, (_, fault, mending) in doctor.FAULTS.items():
         mended = [book.cleaned[name] for book in books if book.cleaned.get(name)]
         found = [(book, finding) for book, finding in findings if finding.name == name]
@@ -205,7 +225,7 @@ def print_faults(books, findings):
             where = f" in {len(found)} of {len(books)} books, first {first}" if len(books) > 1 else ""
             total = sum(finding.count for _, finding in found)
             rows.append((name, f"{total:,} {fault}{where}: {finding.example}; --clean {name} {mending}"))
-    print_table("faults of the text", rows or [("none", "found")])
+    print_table("faults of the text", rows if len(rows) > bool(large) else [*rows, ("none", "found")])
 
 
 def print_summary(args, manifest):
@@ -213,6 +233,7 @@ def print_summary(args, manifest):
     n_tokens, leakage = train["tokens"] + validation["tokens"], manifest["leakage"]
     bytes_per_token = (train["bytes"] + validation["bytes"]) / n_tokens
     n_words = sum(book["words"] for book in manifest["books"])
+    sampled = f" (estimated from one in {leakage['one_in']})" if "one_in" in leakage else ""
 
     chapters = manifest.get("chapters")
     if chapters:
@@ -228,9 +249,10 @@ def print_summary(args, manifest):
         ("tokens", f"{n_tokens:,}, {bytes_per_token:.2f} bytes per token"),
         ("training", row.format(**train, block_size=args.block_size)),
         ("validation", row.format(**validation, block_size=args.block_size)),
-        ("repetition", f"{leakage['repeated_share']:.2%} of training's 32-token n-grams occur earlier in training"),
+        ("repetition", f"{leakage['repeated_share']:.2%} of training's 32-token n-grams occur earlier in training"
+                       + sampled),
         ("leakage", f"{leakage['leaked_ngrams']:,} of {leakage['validation_ngrams']:,} 32-token n-grams of validation "
-                    "also occur in training"),
+                    f"also occur in training{sampled}"),
         ("steps per epoch", f"{math.ceil(train['blocks'] / DEFAULT_BATCH):,} at the default batch of {DEFAULT_BATCH}"),
     ])  # fmt: skip
     if bytes_per_token < 2.5:

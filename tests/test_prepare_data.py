@@ -198,7 +198,7 @@ def test_two_preparations_are_equal_byte_for_byte(prepare, tmp_path, extra):
 def test_the_same_command_again_is_up_to_date_and_touches_nothing(prepare, tmp_path, monkeypatch):
     first = prepare()
     before = snapshot(tmp_path / "blocks")
-    monkeypatch.setattr("utils.data.tokenizer.TokenWriter.write", None)  # nothing is tokenized again
+    monkeypatch.setattr("utils.data.tokenizer.TokenWriter.encode", None)  # nothing is tokenized again
     code, out, _ = prepare()
     assert code == 0
     assert "up to date: the same command on the same book, nothing to do" in out

@@ -17,8 +17,9 @@ from conftest import make_book
 
 from utils.data import formats
 from utils.data.blocks import open_blocks
+from utils.data.corpus import read_segments
 from utils.data.formats import CHAPTER_MARK, convert_book, take_chapters
-from utils.data.text import Book, choose_chapters, read_book, read_segments
+from utils.data.text import Book, choose_chapters, read_book
 from utils.data.tokenizer import load_tokenizer
 from utils.errors import UserError
 from utils.storage import MANIFEST, read_json

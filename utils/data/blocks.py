@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import itertools
+import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,28 +20,65 @@ from utils.errors import UserError
 from utils.storage import MANIFEST, join_hashes, read_sealed, verify_folder
 
 FORMAT = 2
+SHARD_BYTES = 500_000_000  # of one Arrow file, as datasets writes them
+PROMPT_TOKENS = 1 << 22  # of the validation text, in which prompts are looked for
 CONTEXT_TOKENS = 25  # shown before and after a located n-gram
 AGAIN = "run prepare_data.py again with --overwrite"
 datasets.disable_progress_bars()
 
 
-def save_blocks(tokens: dict[str, np.ndarray], block_size: int, folder: Path, start: Sequence[int] = ()) -> None:
-    """Write (n_tokens,) ids by split as rows of block_size ids, a datasets DatasetDict; a shorter tail is left out.
+def save_blocks(tokens: dict[str, Sequence], block_size: int, folder: Path, start: Sequence[int] = ()) -> None:
+    """Write ids by split as rows of block_size ids, a datasets DatasetDict; a shorter tail is left out.
 
-    Each row begins with the ids of `start`, if there are any.
+    Args:
+        tokens: for each split, ids of which slices are taken, (n_tokens,), with a dtype.
+        start: ids with which each row begins, if there are any.
     """
-    splits = datasets.DatasetDict()
     for split, ids in tokens.items():
-        whole = ids[: len(ids) // (block_size - len(start)) * (block_size - len(start))]
+        _save_split(ids, block_size, folder / split, start)
+    (folder / "dataset_dict.json").write_text(json.dumps({"splits": list(tokens)}))
+
+
+def _save_split(ids: Sequence, block_size: int, folder: Path, start: Sequence[int]) -> None:
+    """Write the rows of a split, one file at a time, as Dataset.save_to_disk would: it needs all in memory."""
+    size, files, digest = block_size - len(start), [], hashlib.sha256()
+    n_rows = len(ids) // size
+    n_files = n_rows * block_size * ids.dtype.itemsize // SHARD_BYTES + 1
+    ends = [n_rows * i // n_files * size for i in range(n_files + 1)]
+    for i, (first, last) in enumerate(itertools.pairwise(ends)):
+        whole = ids[first:last]
         if start:
-            whole = np.pad(whole.reshape(-1, block_size - 1), ((0, 0), (1, 0)), constant_values=start[0]).reshape(-1)
-        values = pa.array(whole, type=pa.from_numpy_dtype(ids.dtype))
-        rows = pa.FixedSizeListArray.from_arrays(values, block_size)
+            whole = np.pad(whole.reshape(-1, size), ((0, 0), (1, 0)), constant_values=start[0]).reshape(-1)
+        digest.update(whole)
+        rows = pa.FixedSizeListArray.from_arrays(pa.array(whole, type=pa.from_numpy_dtype(ids.dtype)), block_size)
         # A fingerprint from the content: the same book gives the same files, byte for byte.
-        digest = hashlib.sha256(whole.tobytes()).hexdigest()[:16]
-        splits[split] = datasets.Dataset(pa.table({"input_ids": rows}), fingerprint=digest)
-    # datasets writes no file at all for an empty split, and then cannot open it.
-    splits.save_to_disk(folder, num_shards={name: None if len(rows) else 1 for name, rows in splits.items()})
+        part = datasets.Dataset(pa.table({"input_ids": rows}), fingerprint=digest.hexdigest()[:16])
+        # Without num_shards, datasets writes no file at all for an empty split, and then cannot open it.
+        part.save_to_disk(folder, num_shards=1)
+        files.append(f"data-{i:05d}-of-{n_files:05d}.arrow")
+        if n_files > 1:
+            (folder / "data-00000-of-00001.arrow").rename(folder / files[-1])
+    state = json.loads((folder / "state.json").read_text()) | {"_data_files": [{"filename": name} for name in files]}
+    (folder / "state.json").write_text(json.dumps(state, indent=2, sort_keys=True))
+
+
+@dataclass(frozen=True)
+class TokenView:
+    """The token ids of the text in a column of blocks, (n_tokens,): a slice is an array, read from the mapped files."""
+
+    column: pa.ChunkedArray
+    block_size: int
+    n_start: int
+
+    def __len__(self) -> int:
+        return len(self.column) * (self.block_size - self.n_start)
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        start, end, _ = part.indices(len(self))
+        size = self.block_size - self.n_start
+        first, n_rows = start // size, max(0, -(-end // size) - start // size)
+        rows = pc.list_flatten(self.column.slice(first, n_rows)).to_numpy().reshape(-1, self.block_size)
+        return rows[:, self.n_start :].reshape(-1)[start - first * size : end - first * size]
 
 
 @dataclass(frozen=True)
@@ -75,13 +113,17 @@ class Blocks:
 
     def id_range(self) -> tuple[int, int]:
         """Return the smallest and the largest token id."""
-        splits = [ids for ids in (*map(self.ids, ("train", "validation")), np.array(self.start_ids)) if len(ids)]
-        return min(int(ids.min()) for ids in splits), max(int(ids.max()) for ids in splits)
+        columns = [pc.list_flatten(split.data.table.column("input_ids")) for split in (self.train, self.validation)]
+        found = [pc.min_max(ids).as_py() for ids in columns if len(ids)]
+        return min(ids["min"] for ids in found), max(ids["max"] for ids in found)
+
+    def view(self, split: str) -> TokenView:
+        """Return the token ids of a split's text that fills its blocks, without reading them."""
+        return TokenView(getattr(self, split).data.table.column("input_ids"), self.block_size, len(self.start_ids))
 
     def ids(self, split: str) -> np.ndarray:
         """Return the token ids of a split's text that fills its blocks, (n_tokens,), in the book's order."""
-        ids = pc.list_flatten(getattr(self, split).data.table.column("input_ids")).to_numpy()
-        return ids.reshape(-1, self.block_size)[:, 1:].reshape(-1) if self.start_ids else ids
+        return self.view(split)[:]
 
     def spans(self, split: str) -> list[tuple[int, int, dict]]:
         """Return (start, end, manifest entry) of each segment of a split, as positions in ids(split)."""
@@ -112,7 +154,7 @@ class Blocks:
 
         Prompts start at paragraphs; where there are too few, at lines too, then at sentences, then at any token.
         """
-        ids, length = self.ids("validation"), n_prompt + n_reference
+        ids, length = self.view("validation")[:PROMPT_TOKENS], n_prompt + n_reference
         unique, inverse = np.unique(ids, return_inverse=True)
         texts = tokenizer.batch_decode(unique[:, None].tolist())
 
@@ -125,7 +167,7 @@ class Blocks:
         after_sentence = (sentence[:-1] & match(r"^ ")[1:]) | (match(rf"{WIDE_STOP}$")[:-1] & ~line[1:])
         # Whether a prompt may start at each token but the first, in the order of preference.
         orders = [paragraph[:-1] & ~line[1:], after_line, after_line | after_sentence, np.ones_like(after_line)]
-        fits = [range(start, end - length + 1) for start, end, _ in self.spans("validation")]
+        fits = [range(start, min(end, len(ids)) - length + 1) for start, end, _ in self.spans("validation")]
         for may_start in orders:
             starts = [i for segment in fits for i in segment if i == segment[0] or may_start[i - 1]]
             if len(starts) >= count:
@@ -248,12 +290,12 @@ class BatchOrder:
         """Return the batches of a step, as lists of block numbers."""
         epoch, index = divmod(step, self.steps_per_epoch)
         order = self._shuffled(epoch)[index * self.blocks_per_step : (index + 1) * self.blocks_per_step]
-        return [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
+        return [order[i : i + self.batch_size].tolist() for i in range(0, len(order), self.batch_size)]
 
     def batches(self, first_step: int, max_steps: int) -> Iterator[list[int]]:
         """Yield the batches of the steps from first_step up to, not including, max_steps."""
         for step in range(first_step, max_steps):
             yield from self.step_batches(step)
 
-    def _shuffle(self, epoch: int) -> list[int]:
-        return np.random.default_rng([self.seed, epoch]).permutation(self.n_blocks).tolist()
+    def _shuffle(self, epoch: int) -> np.ndarray:  # a list would take 36 bytes per block
+        return np.random.default_rng([self.seed, epoch]).permutation(self.n_blocks).astype(np.uint32)

@@ -32,6 +32,7 @@ SIGNATURES = [
 SCRIPTS = ("Han", "Hiragana", "Katakana", "Thai", "Lao", "Khmer", "Myanmar")
 UNSPACED = "[" + "".join(rf"\p{{Script={name}}}" for name in SCRIPTS) + r"\u30fc]"  # the long vowel of both kana
 MARKS = r"[\p{M}\u200c\u200d]*"  # the joiners of Persian and Hindi stand within words
+MAY_BE_UNSPACED = re.compile("[\u0e00-\u19ff\u2e80-\ufaff\uff00-\uffdf\U00010000-\U0010ffff]")  # quick to find; a search says the rest
 LETTER = regex.compile(rf"[\p{{L}}&&{UNSPACED}]{MARKS}", regex.VERSION1)
 # Full stops, question and exclamation marks: of Hindi, Arabic, Armenian, Ethiopic, Tibetan, Khmer and Burmese; and of
 # Chinese and Japanese, after which no white space follows, with the quotation marks that close there.
@@ -69,6 +70,7 @@ class Segment:
     start: int
     end: int
     text: str
+    continues: bool = False  # it is a part of a segment, which the Segment before it starts or continues
 
 
 def find_books(paths: list[Path]) -> list[Path]:
@@ -92,8 +94,17 @@ def read_book(
 
     Files with an ending of formats.READERS are converted to text first. UserError if there is no text.
     """
-    name = str(path) if len(str(path)) <= 120 else f"{str(path)[:60]}..."
-    raw, suffix = _read_bytes(path, name), path.suffix.lower()
+    text, digest, chapters, cleaned = load_text(path, encoding, faults)
+    n_words = count_words(text)
+    return text, Book(path, digest, len(text), len(text.encode()), n_words, validation, chapters, cleaned)
+
+
+def load_text(
+    path: Path, encoding: str, faults: Sequence[str] | None
+) -> tuple[str, str, tuple[int, ...], dict[str, int]]:
+    """Read a file as read_book does; return its text, and sha256, chapters and cleaned of its Book."""
+    name, suffix = short_name(path), path.suffix.lower()
+    raw = _read_bytes(path, name)
     is_zip = suffix in ARCHIVES and raw.startswith(b"PK")
     text = "" if is_zip else _decode(raw, encoding, name)
     if suffix in READERS and raw:
@@ -105,14 +116,18 @@ def read_book(
         raise UserError(f"{name} has no text left after --clean {','.join(cleaned)}; leave it out")
     if not text.strip():
         raise UserError(f"{name} has no text, only white space" if raw else f"{name} is empty")
-    digest, n_words = hashlib.sha256(raw).hexdigest(), count_words(text)
-    return text, Book(path, digest, len(text), len(text.encode()), n_words, validation, chapters, cleaned)
+    return text, hashlib.sha256(raw).hexdigest(), chapters, cleaned
+
+
+def short_name(path: Path) -> str:
+    """Return a path as an error names it."""
+    return str(path) if len(str(path)) <= 120 else f"{str(path)[:60]}..."
 
 
 def count_words(text: str) -> int:
     """Count what stands between white space; in scripts that have none, letters."""
     n_letters, rest = 0, text
-    if LETTER.search(text):
+    if MAY_BE_UNSPACED.search(text) and LETTER.search(text):
         rest, n_letters = LETTER.subn(" ", text)
         return n_letters + sum(any(map(str.isalnum, word)) for word in rest.split())
     return len(rest.split())
@@ -120,13 +135,11 @@ def count_words(text: str) -> int:
 
 def _decode(raw: bytes, encoding: str, name: str) -> str:
     """Decode the bytes of a text file, without a byte-order mark and with LF as line ends."""
-    is_utf8 = codecs.lookup(encoding).name == "utf-8"
-    if is_utf8:
-        _refuse_other_formats(raw, name)
+    check_first_bytes(raw, encoding, name)
     try:
         text = raw.decode(encoding)
     except UnicodeDecodeError as error:
-        raise UserError(f"{name} is not {_explain_decoding(raw, error, 'UTF-8' if is_utf8 else encoding)}") from None
+        raise UserError(f"{name} is not {explain_decoding(error, encoding)}") from None
     if "\0" in text:
         raise UserError(f"{name} has a zero byte at offset {raw.find(0)}; it is not plain text")
     return text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
@@ -154,7 +167,10 @@ def _read_bytes(path: Path, name: str) -> bytes:
     return raw
 
 
-def _refuse_other_formats(raw: bytes, name: str) -> None:
+def check_first_bytes(raw: bytes, encoding: str, name: str) -> None:
+    """Raise UserError if a file that should be UTF-8 starts like another format."""
+    if codecs.lookup(encoding).name != "utf-8":
+        return
     for signature, verdict in SIGNATURES:
         if raw.startswith(signature):
             raise UserError(f"{name} {verdict}")
@@ -167,37 +183,18 @@ def _refuse_other_formats(raw: bytes, name: str) -> None:
             raise UserError(f"{name} looks like UTF-{width} without a mark{share}; {advice}")
 
 
-def _explain_decoding(raw: bytes, error: UnicodeDecodeError, encoding: str) -> str:
-    offset, start = error.start, raw[:4096]
-    byte = f"byte {raw[offset]:#04x} at offset {offset}"
+def explain_decoding(error: UnicodeDecodeError, encoding: str, offset: int = 0, n_lines: int = 0) -> str:
+    """Say what a file is not; its part error.object starts at byte `offset`, after `n_lines` lines."""
+    raw, start = error.object, error.object[:4096]
+    byte = f"byte {raw[error.start]:#04x} at offset {offset + error.start}"
     if sum(byte < 9 or 13 < byte < 32 for byte in start) > 0.01 * len(start):  # control characters
         return f"text: {byte}"
-    if encoding != "UTF-8":
+    if codecs.lookup(encoding).name != "utf-8":
         return f"{encoding}: {byte}"
     if error.reason == "unexpected end of data":
-        return f"UTF-8: unfinished character at its end (offset {offset})"
-    line = raw.count(b"\n", 0, offset) + 1
+        return f"UTF-8: unfinished character at its end (offset {offset + error.start})"
+    line = n_lines + raw.count(b"\n", 0, error.start) + 1
     return f"UTF-8: {byte} (line {line}); convert it or give --encoding latin-1"
-
-
-def read_segments(
-    books: list[Book], encoding: str, val_split: float, seed: int, faults: Sequence[str] | None = None
-) -> Iterator[Segment]:
-    """Yield the segments of all books, read one at a time so that memory stays bounded.
-
-    Books marked for validation are kept whole, and then all others are for training.
-    """
-    spans, offset = [], 0
-    if not any(book.validation for book in books):
-        n_chars = sum(book.n_chars for book in books)
-        spans = choose_chapters(books, val_split, seed) or choose_validation_spans(n_chars, val_split, seed)
-    for index, book in enumerate(books):
-        text, again = read_book(book.path, encoding, faults=faults)
-        if again.sha256 != book.sha256:
-            raise UserError(f"{book.path} changed while it was read; try again")
-        chosen = [(offset, offset + len(text))] if book.validation else spans
-        yield from split_book(text, index, offset, chosen, book.chapters)
-        offset += book.n_chars
 
 
 def choose_chapters(books: list[Book], val_split: float, seed: int) -> list[tuple[int, int]]:

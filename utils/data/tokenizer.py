@@ -5,6 +5,7 @@ import itertools
 import json
 import re
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -63,9 +64,10 @@ def fingerprint_tokenizer(tokenizer) -> str:
     return hashlib.sha256(json.dumps([vocabulary, sample, *start_ids(tokenizer)]).encode()).hexdigest()
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int):
+def train_tokenizer(texts: Iterable[str], vocab_size: int, one_in: int = 1):
     """Train a byte-level BPE tokenizer like GPT-2's, which encodes any text; vocab_size includes the end-of-text token.
 
+    Of a large corpus, one in `one_in` pieces is enough. Pieces have the words of the whole text, in less memory.
     Source: Sennrich et al. 2016 (BPE); Radford et al. 2019 (on bytes).
     """
     tokenizer = Tokenizer(models.BPE())
@@ -75,7 +77,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int):
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size, special_tokens=[END_OF_TEXT], initial_alphabet=alphabet, show_progress=False
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    pieces = itertools.chain.from_iterable(map(cut_pieces, texts))
+    tokenizer.train_from_iterator(itertools.islice(pieces, 0, None, one_in), trainer)
     special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
     return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
 
@@ -111,6 +114,24 @@ def pieces_are_exact(tokenizer, text: str) -> bool:
     return encode_text(tokenizer, PIECE_CUT.split(sample)) == encode_text(tokenizer, [sample])
 
 
+@dataclass(frozen=True)
+class StoredTokens:
+    """Token ids in a raw file: a slice is an array, (n_tokens,). A mapped file would count as resident memory."""
+
+    path: Path
+    dtype: np.dtype
+    n_tokens: int
+
+    def __len__(self) -> int:
+        return self.n_tokens
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        start, end, _ = part.indices(self.n_tokens)
+        if end <= start:
+            return np.zeros(0, self.dtype)
+        return np.fromfile(self.path, self.dtype, end - start, offset=start * self.dtype.itemsize)
+
+
 class TokenWriter:
     """Append the tokens of segments to raw files, one per split, with an end-of-text token between two books."""
 
@@ -124,33 +145,48 @@ class TokenWriter:
 
     def write(self, segment: Segment) -> None:
         """Tokenize a segment and append it to its split."""
-        self.exact = self.exact and pieces_are_exact(self.tokenizer, segment.text)
-        if self.spans and self.spans[-1]["book"] != segment.book_index:
-            self._append(self.spans[-1]["split"], [self.tokenizer.eos_token_id])
-        pieces = cut_pieces(segment.text) if self.exact else [segment.text]
-        start = self.n_tokens[segment.split]
-        for first in range(0, len(pieces), GROUP):
-            self._append(segment.split, encode_text(self.tokenizer, pieces[first : first + GROUP]))
-        span = {"split": segment.split, "book": segment.book_index, "chars": [segment.start, segment.end]}
-        span |= {"tokens": [start, self.n_tokens[segment.split]], "bytes": len(segment.text.encode())}
-        self.spans.append(span)
+        self.append(segment, self.exact, *self.encode((segment, self.exact)))
 
-    def _append(self, split: str, ids: list[int]) -> None:
+    def encode(self, item: tuple[Segment, bool]) -> tuple[np.ndarray, bool]:
+        """Tokenize a segment, in pieces if that is said to be exact; return its ids, and whether it was."""
+        segment, exact = item
+        exact = exact and pieces_are_exact(self.tokenizer, segment.text)
+        pieces = cut_pieces(segment.text) if exact else [segment.text]
+        groups = (encode_text(self.tokenizer, pieces[first : first + GROUP]) for first in range(0, len(pieces), GROUP))
+        return np.concatenate([self._store(ids) for ids in ([], *groups)]), exact
+
+    def append(self, segment: Segment, asked: bool, ids: np.ndarray, exact: bool) -> None:
+        """Append what encode((segment, asked)) returned; call it in the order of the segments."""
+        if asked and not self.exact:  # a segment before this one forbade pieces after a worker had started on this one
+            ids, exact = self.encode((segment, False))
+        self.exact = exact
+        if self.spans and self.spans[-1]["book"] != segment.book_index:
+            self._append(self.spans[-1]["split"], self._store([self.tokenizer.eos_token_id]))
+        if not segment.continues:
+            start = self.n_tokens[segment.split]
+            self.spans.append({"split": segment.split, "book": segment.book_index, "chars": [segment.start, 0],
+                               "tokens": [start, 0], "bytes": 0})  # fmt: skip
+        self._append(segment.split, ids)
+        span = self.spans[-1]
+        span["chars"][1], span["tokens"][1] = segment.end, self.n_tokens[segment.split]
+        span["bytes"] += len(segment.text.encode())
+
+    def _store(self, ids: list[int]) -> np.ndarray:
         if ids and max(ids) > np.iinfo(self.dtype).max:  # the cast would wrap it
             raise UserError(f"tokenizer: id {max(ids)} is beyond its own vocabulary of {len(self.tokenizer)}")
+        return np.array(ids, self.dtype)
+
+    def _append(self, split: str, ids: np.ndarray) -> None:
         with open(self.paths[split], "ab") as file:
-            file.write(np.array(ids, dtype=self.dtype).tobytes())
+            file.write(ids.tobytes())
         self.n_tokens[split] += len(ids)
 
-    def open_tokens(self) -> dict[str, np.ndarray]:
-        """Map the tokens of each split, (n_tokens,) of the stored type."""
-        return {
-            split: np.memmap(path, self.dtype, "r") if self.n_tokens[split] else np.zeros(0, self.dtype)
-            for split, path in self.paths.items()
-        }
+    def open_tokens(self) -> dict[str, "StoredTokens"]:
+        """Return the tokens of each split, which are read from its file as they are used."""
+        return {split: StoredTokens(path, self.dtype, self.n_tokens[split]) for split, path in self.paths.items()}
 
     def remove_files(self) -> None:
-        """Remove the raw files; arrays from open_tokens stay valid."""
+        """Remove the raw files."""
         for path in self.paths.values():
             path.unlink(missing_ok=True)
 

@@ -15,6 +15,7 @@ from utils.evaluation.ngrams import NGRAM_LENGTHS, NgramIndex, longest_overlap, 
 from utils.model.hub import position_limit
 
 MONITOR_TOKENS = 64  # of a prompt and its continuation: a quarter and three quarters
+MONITOR_TRAIN = 1 << 26  # training tokens that the monitor reads at each evaluation, in a second or two
 N_WINDOWS = 200  # of validation text, as long as a continuation, show how much the author copies
 # A book repeats its own phrases, so a rate up to this multiple of its validation text's is not copying.
 COPY_FACTOR, MIN_COPY_RATE = 3, 0.01
@@ -121,7 +122,10 @@ class CopyMonitor:
         self.prompts, self.seed, self.eos_token_id = [], seed, tokenizer.eos_token_id
         self.new_tokens, self.limit = total - total // 4, math.inf
         if n_samples and len(data.validation):
-            self.train = data.ids("train")
+            train = data.view("train")
+            self.train = train[:MONITOR_TRAIN]
+            if len(train) > MONITOR_TRAIN:
+                print(f"copying is measured against the first {MONITOR_TRAIN:,} of {len(train):,} training tokens")
             pairs = data.validation_prompts(tokenizer, n_samples, total // 4, self.new_tokens)
             self.prompts = [start + prompt for prompt, _ in pairs]
             # Cut like the samples: no n-gram reaches over an edge.

@@ -3,10 +3,12 @@
 N-grams are found by a 64-bit hash, so the cost does not grow with their length.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
+
+from utils.data.workers import open_workers
 
 NGRAM_LENGTHS = (8, 16, 32)
 OVERLAP_TOKENS = 32  # an n-gram of this length in training and validation is no coincidence
@@ -146,19 +148,22 @@ class NgramIndex:
         return _cover(text, high > low, self.length)
 
 
-def measure_leakage(train: np.ndarray, validation: np.ndarray) -> dict[str, Any]:
+def measure_leakage(train: Sequence, validation: Sequence, n_workers: int = 0) -> dict[str, Any]:
     """Count validation's n-grams of OVERLAP_TOKENS tokens, those that training has too, and training's repetitions.
 
-    repeated_share is the share of training's n-grams that occurred before; of a large corpus, measured on a sample.
+    Args:
+        train, validation: token ids, (n_tokens,), of which slices are taken.
+    Returns:
+        validation_ngrams, leaked_ngrams and repeated_share, the share of training's n-grams that occurred before. Of
+        a large corpus one n-gram in one_in is looked at: leaked_ngrams and repeated_share are estimates.
     """
-    positions = find_ngrams([validation], train, OVERLAP_TOKENS)[0]
-    seen = sample_ngrams(train, keep_one_in(len(train)))
+    one_in = keep_one_in(max(len(train), len(validation)))
+    seen, wanted = (sample_ngrams(ids, one_in, n_workers) for ids in (train, validation))
+    n_ngrams = max(0, len(validation) - OVERLAP_TOKENS + 1)
+    leaked = int(np.isin(wanted, seen).sum()) * n_ngrams // max(1, len(wanted))
     repeated = np.count_nonzero(seen[1:] == seen[:-1]) / len(seen) if len(seen) else 0.0
-    return {
-        "validation_ngrams": len(positions),
-        "leaked_ngrams": int((positions != NOT_FOUND).sum()),
-        "repeated_share": round(repeated, 6),
-    }
+    found = {"validation_ngrams": n_ngrams, "leaked_ngrams": leaked, "repeated_share": round(repeated, 6)}
+    return found | {"one_in": one_in} if one_in > 1 else found
 
 
 def keep_one_in(n_tokens: int) -> int:
@@ -166,16 +171,19 @@ def keep_one_in(n_tokens: int) -> int:
     return 1 + n_tokens // (1 << 23)
 
 
-def sample_ngrams(ids: np.ndarray, one_in: int) -> np.ndarray:
+def sample_ngrams(ids: Sequence, one_in: int, n_workers: int = 0) -> np.ndarray:
     """Return the sorted hashes of the n-grams of OVERLAP_TOKENS tokens whose hash is a multiple of `one_in`.
 
     All copies of an n-gram are in the sample or none, so shares are unbiased.
     """
-    kept = [np.zeros(0, np.uint64)]
-    for start in range(0, len(ids) - OVERLAP_TOKENS + 1, CHUNK):
+
+    def sample_chunk(start: int) -> np.ndarray:
         hashes = hash_ngrams(ids[start : start + CHUNK + OVERLAP_TOKENS - 1], OVERLAP_TOKENS)
-        kept.append(hashes[hashes % np.uint64(one_in) == 0])
-    return np.sort(np.concatenate(kept))  # np.unique hashes: 60 times slower
+        return hashes[hashes % np.uint64(one_in) == 0]
+
+    with open_workers(sample_chunk, n_workers if len(ids) > CHUNK else 0) as run:
+        kept = [hashes for _, hashes in run(range(0, len(ids) - OVERLAP_TOKENS + 1, CHUNK))]
+    return np.sort(np.concatenate([np.zeros(0, np.uint64), *kept]))  # np.unique hashes: 60 times slower
 
 
 def measure_repetition(texts: list[list[int]]) -> dict[str, float | None]:

@@ -1,5 +1,6 @@
 """Whether validation text is unseen: the n-grams a model was trained on are kept in its folder as hashes."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +17,8 @@ SAME_BOOK_SHARE = 0.1  # of its training n-grams; an edited copy shares more wit
 OTHER_BOOK_SHARE = 0.01  # of its validation n-grams that another book may share: a licence, a quotation
 
 
-def save_training_ngrams(folder: Path, train: np.ndarray) -> None:
-    """Save the hashes of the n-grams of (N,) training ids in a run's folder; of a large text, a sample."""
+def save_training_ngrams(folder: Path, train: Sequence) -> None:
+    """Save the hashes of the n-grams of training ids in a run's folder; of a large text, a sample."""
     one_in = keep_one_in(len(train))
     with replacing(folder / TRAINING_NGRAMS) as partial:
         hashes = np.unique(sample_ngrams(train, one_in))
