@@ -16,7 +16,7 @@ SCRIPTS = ["prepare_data", "finetune_generative", "generate_text"]
 FOREIGN_FLAGS = {
     "--full", "--books", "--version", "--quiet", "--upgrade", "--check", "--logdir", "--private",
     "--exclude", "--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint", "--rdzv-id", "--node-rank",
-    "--master-addr", "--nodes", "--ntasks-per-node", "--gpus-per-node", "--signal", "--requeue",
+    "--master-addr", "--master-port", "--nodes", "--ntasks-per-node", "--gpus-per-node", "--signal", "--requeue",
 }  # fmt: skip
 # Words and forms that have a plain replacement: "tokens a block" is "tokens per block".
 UNITS = "tokens?|nats|bits?|bytes?|words?|steps?|blocks?|updates?|lines?|samples?|batches|micro-batches|seconds"

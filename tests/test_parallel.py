@@ -8,6 +8,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -522,6 +523,33 @@ def test_memory_is_counted_for_each_process(workshop):  # noqa: F811
     for rank in range(2):
         assert int((held / str(rank)).read_text()) == rest
         assert float((held / f"free-{rank}").read_text()) == pytest.approx(10, rel=0.2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n", [1, 2, 4])
+def test_forecast_of_memory(workshop, tmp_path, n):  # noqa: F811
+    """Process 0's peak, saves included, with 43 million parameters: 16 bytes each are more than the program itself."""
+    config = tmp_path / "config.json"
+    shape = {"n_layer": 6, "n_embd": 768, "n_head": 12, "n_positions": 48}
+    config.write_text(json.dumps({"model_type": "gpt2", **shape}))
+
+    def prepare(_rank):
+        def note(*args):
+            print_results(*args)
+            print(f"peak {forecast.peak_bytes(torch.device('cpu')) / 1e9} GB")
+
+        print_results = finetune_generative.print_results
+        replace(finetune_generative, "print_results", note)
+
+    flags = ("--from-scratch", config, "--max-steps", 2, "--batch-size", 4, "--micro-batch-size", 1, "--eval-every", 2)
+    command = workshop.finetune(tmp_path / "out", *flags)
+    if n == 1:
+        ended = [run_child(*command, prepare=lambda: prepare(0), timeout=300)]
+    else:
+        ended = run_group(n, command, prepare, timeout=300)
+    printed = check_all(ended)[0].out
+    expected, peak = (float(re.search(form, printed)[1]) for form in (r"([\d.]+) GB of memory", r"peak ([\d.]+) GB"))
+    assert expected == pytest.approx(peak, rel=0.15)
 
 
 def free_port():
