@@ -146,7 +146,7 @@ class Blocks:
 
     def windows(self, split: str, length: int, count: int) -> list[np.ndarray]:
         """Return the token ids of these windows."""
-        ids = self.ids(split)
+        ids = self.view(split)
         return [ids[start : start + length] for start in self.window_starts(split, length, count)]
 
     def validation_prompts(self, tokenizer, count: int, n_prompt: int, n_reference: int) -> list[tuple[list, list]]:
