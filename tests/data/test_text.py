@@ -3,13 +3,22 @@
 import hashlib
 import itertools
 import os
+import sys
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from utils.data.text import choose_validation_spans, find_books, find_cuts, read_book, split_book
+from utils.data.text import (
+    LETTER,
+    MAY_BE_UNSPACED,
+    choose_validation_spans,
+    find_books,
+    find_cuts,
+    read_book,
+    split_book,
+)
 from utils.errors import UserError
 
 SAMPLE = Path("results/data/book.txt")
@@ -224,3 +233,9 @@ def test_the_seed_alone_chooses_the_places(sample):
         == choose_validation_spans(10_000, 0.1, 7)
         != choose_validation_spans(10_000, 0.1, 8)
     )
+
+
+def test_the_quick_search_for_letters_without_spaces_misses_none():
+    letters = [chr(code) for code in range(sys.maxunicode + 1) if LETTER.match(chr(code))]
+    assert len(letters) > 90_000
+    assert all(map(MAY_BE_UNSPACED.match, letters))

@@ -253,7 +253,7 @@ def test_segments_shorter_than_a_sample_are_taken_whole(monitored):
     nothing = lambda *_: []  # noqa: E731
     segments = [np.arange(1, 21), np.arange(31, 51)]
     data = SimpleNamespace(validation=[1], windows=nothing, validation_prompts=nothing,
-                           ids=lambda _: np.arange(1, 10), segments=lambda _: segments)  # fmt: skip
+                           view=lambda _: np.arange(1, 10), segments=lambda _: segments)  # fmt: skip
     monitor = CopyMonitor(data, model, tokenizer, 4, None, 1)
     assert monitor.limit == default_copy_rate(9 / 40)
     assert monitor.measure(model, fp32) == {}

@@ -28,11 +28,9 @@ datasets.disable_progress_bars()
 
 
 def save_blocks(tokens: dict[str, Sequence], block_size: int, folder: Path, start: Sequence[int] = ()) -> None:
-    """Write ids by split as rows of block_size ids, a datasets DatasetDict; a shorter tail is left out.
+    """Write ids by split, (n_tokens,), as rows of block_size ids, a datasets DatasetDict; a shorter tail is left out.
 
-    Args:
-        tokens: for each split, ids of which slices are taken, (n_tokens,), with a dtype.
-        start: ids with which each row begins, if there are any.
+    Each row begins with the ids of `start`, if there are any.
     """
     for split, ids in tokens.items():
         _save_split(ids, block_size, folder / split, start)
@@ -146,8 +144,7 @@ class Blocks:
 
     def windows(self, split: str, length: int, count: int) -> list[np.ndarray]:
         """Return the token ids of these windows."""
-        ids = self.ids(split)
-        return [ids[start : start + length] for start in self.window_starts(split, length, count)]
+        return [self.view(split)[start : start + length] for start in self.window_starts(split, length, count)]
 
     def validation_prompts(self, tokenizer, count: int, n_prompt: int, n_reference: int) -> list[tuple[list, list]]:
         """Return up to `count` pairs of prompt and reference ids, spread over the validation segments.
