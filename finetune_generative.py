@@ -102,10 +102,11 @@ from utils.model.lora import add_adapter
 from utils.output_dir import check_output_dir, lock
 from utils.storage import clear_folder, require_space, sweep
 from utils.training import checkpoint as checkpoints
-from utils.training import parallel
+from utils.training import parallel, sharding
 from utils.training.forecast import choose_micro_batch, forecast_run
 from utils.training.metrics import MetricsLog, write_results, write_run_config
 from utils.training.optim import StepFigures, build_optimizer, build_schedule, clip_gradients, set_lr
+from utils.training.random_state import restore_random_state
 from utils.training.setup import TrainingSetup, collect_settings, keep_freed_memory
 
 
@@ -164,14 +165,14 @@ def load_model(args, data, base, folder, checkpoint, device):
         model, tokenizer = loading.load_pair(folder, dropout=args.dropout)
     if fingerprint_tokenizer(tokenizer) != data.manifest["tokenizer"]["sha256"]:
         raise UserError(f"data was made with another tokenizer than {base}'s; run prepare_data.py --model-name {base}")
-    model = parallel.build_alike(model).train()
+    model = sharding.build_alike(model).train()
     loading.check_fit(model, data)
     if args.lora_rank:
         add_adapter(model, args.lora_rank, args.lora_alpha, args.seed, base, parallel.is_main() and checkpoint)
     use_fast_layers(model, device, args.compile)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    parallel.shard(model, device)
+    sharding.shard(model, device)
     return model, tokenizer
 
 
@@ -211,7 +212,7 @@ def resume_run(setup, model, optimizer, state, checkpoint):
     if parallel.is_main():
         require_space(setup.output_dir, checkpoints.checkpoint_bytes(model), "a checkpoint")
     checkpoints.restore_optimizer(model, optimizer, checkpoint / "optimizer.safetensors")
-    checkpoints.restore_random_state(checkpoint / "rng_state.safetensors", setup.device)
+    restore_random_state(checkpoint / "rng_state.safetensors", setup.device)
     checkpoints.record_machine(state, setup.device, setup.micro_batch_size)
 
 
@@ -297,7 +298,7 @@ def evaluate(setup, model, data, stopping):
         return None
     losses = parallel.join_batches(scored[0][:own], setup.eval_batch_size)
     result = summarize_loss(sum(losses), len(losses) * (data.block_size - 1), data.bytes_per_token)
-    with parallel.unsharded(model) if setup.copy_monitor.prompts else nullcontext():
+    with sharding.unsharded(model) if setup.copy_monitor.prompts else nullcontext():
         return parallel.from_main(result | setup.copy_monitor.measure(model, setup.autocast))
 
 
@@ -306,7 +307,7 @@ def draw_sample(setup, model, tokenizer):
     if not setup.sample_tokens:
         return ""
     decoding = Decoding(max_new_tokens=setup.sample_tokens)
-    with parallel.unsharded(model):
+    with sharding.unsharded(model):
         ids = generate_ids(model, tokenizer.eos_token_id, [setup.sample_ids], [setup.seed], decoding, setup.autocast,
                            start=start_ids(tokenizer))[0]  # fmt: skip
     return "\n  | " + (setup.sample_prompt + tokenizer.decode(ids)).replace("\n", "\n  | ")

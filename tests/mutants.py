@@ -141,7 +141,7 @@ GUARDS = [
     ("utils/training/optim.py", "        require_finite(f", "        dict(a=f"),
     ("utils/training/optim.py", "        optimizer.found_inf = ", "        unused = "),
     ("utils/training/checkpoint.py", '  require_finite(self.step, **{"validation loss"', '  dict(**{"validation loss"'),
-    ("finetune_generative.py", "    checkpoints.restore_random_state(", "    (lambda *_: 0)("),
+    ("finetune_generative.py", "    restore_random_state(", "    (lambda *_: 0)("),
     ("finetune_generative.py", "    checkpoints.restore_optimizer(model, optimizer, ", "    str("),
     ("finetune_generative.py", 'else lock(args.output_dir, "train")', "else nullcontext()"),
     ("finetune_generative.py", "                        generator=torch.Generator(), ", "                        "),

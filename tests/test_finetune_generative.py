@@ -11,10 +11,11 @@ from conftest import replace
 from safetensors.torch import load_file
 from scorer import independent_loss
 
+import finetune_generative
 from utils.data.blocks import open_blocks
 from utils.evaluation.generation import Decoding, generate_ids
 from utils.model.loading import load_pair
-from utils.training import checkpoint, optim
+from utils.training import optim
 from utils.training.checkpoint import TrainState
 
 QUICK = ["--max-steps", 6, "--batch-size", 4, "--learning-rate", "1e-3", "--dtype", "fp32", "--copy-samples", 0,
@@ -79,7 +80,7 @@ def test_stopped_and_continued_equals_never_stopped(finetune, straight_and_stopp
 def test_random_state_is_part_of_a_checkpoint(finetune, straight_and_stopped, monkeypatch):
     """Without the restored generator, dropout would draw other masks after a stop."""
     straight, stopped = straight_and_stopped
-    monkeypatch.setattr(checkpoint, "restore_random_state", lambda path, device: None)
+    monkeypatch.setattr(finetune_generative, "restore_random_state", lambda path, device: None)
     finetune("stopped", *QUICK, *DROPOUT)
     with pytest.raises(AssertionError):
         assert_same(straight / "checkpoint-6", stopped / "checkpoint-6")

@@ -16,6 +16,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 from utils.errors import EXIT_MACHINE, UserError, machine_reason
 
 MANIFEST = "manifest.json"
@@ -86,6 +88,14 @@ def write_tensors(path: Path, shapes: dict[str, Sequence[int]], arrays: Iterable
         file.write(len(text).to_bytes(8, "little") + text)
         for array in arrays:
             file.write(array)
+
+
+def open_tensors(path: Path) -> safe_open:
+    """Open a safetensors file, whose tensors are read one by one."""
+    try:
+        return safe_open(path, "pt")
+    except SafetensorError as error:
+        raise UserError(f"{path} is damaged: {error}") from None
 
 
 def read_json(path: Path, what: str = "") -> dict:

@@ -7,14 +7,11 @@ that save and restore; process 0 writes and reads.
 import copy
 import platform
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from utils.errors import UserError, require_finite, warn
 from utils.model.loading import refuse_not_finite
@@ -23,6 +20,7 @@ from utils.storage import (
     MANIFEST,
     diff_settings,
     discard,
+    open_tensors,
     publish_files,
     publish_folder,
     read_json,
@@ -31,8 +29,9 @@ from utils.storage import (
     write_json,
     write_tensors,
 )
-from utils.training import parallel
+from utils.training import parallel, sharding
 from utils.training.metrics import RESULT_NAMES
+from utils.training.random_state import save_random_state
 
 FORMAT = 1
 STATE = "trainer_state.json"
@@ -100,10 +99,10 @@ def save_checkpoint(output_dir: Path, model, tokenizer, optimizer, state: TrainS
 
 def _save_trained(model, folder: Path | None) -> None:
     if has_adapter(model):
-        adapter = parallel.gather_weights(model, trained_only=True)
+        adapter = sharding.gather_weights(model, trained_only=True)
         if folder:
             save_adapter(model, adapter, folder)
-    elif whole := parallel.gather_model(model):
+    elif whole := sharding.gather_model(model):
         whole.save_pretrained(folder)
 
 
@@ -126,8 +125,8 @@ def best_bytes(model) -> int:
 
 def save_best(output_dir: Path, model, tokenizer, dtype: torch.dtype) -> None:
     """Write model (weights in `dtype`, adapter merged and beside it) and tokenizer to the root of the output folder."""
-    adapter = parallel.gather_weights(model, trained_only=True) if has_adapter(model) else {}
-    if not (whole := parallel.gather_model(model)):
+    adapter = sharding.gather_weights(model, trained_only=True) if has_adapter(model) else {}
+    if not (whole := sharding.gather_model(model)):
         return
     output_dir.mkdir(exist_ok=True)
     # A copy keeps tied weights tied, so that they are written once.
@@ -221,7 +220,7 @@ def save_optimizer(model, optimizer, path: Path | None) -> None:
     """Write AdamW's two averages and step count of each parameter under the parameter's name."""
     tensors = {f"{key}/{name}": value for name, parameter in model.named_parameters()
                for key, value in optimizer.state.get(parameter, {}).items()}  # fmt: skip
-    gathered = (parallel.gather(value).cpu().contiguous().numpy() for value in tensors.values())
+    gathered = (sharding.gather(value).cpu().contiguous().numpy() for value in tensors.values())
     if path:
         write_tensors(path, {name: value.shape for name, value in tensors.items()}, gathered)
     for _ in gathered:  # the other processes have their part in it
@@ -245,63 +244,5 @@ def restore_optimizer(model, optimizer, path: Path) -> None:
             if value is None or value.shape != target.shape:
                 found = "missing" if value is None else "x".join(map(str, value.shape))
                 raise UserError(f"{path}: {key} of {name} is {found}, expected {'x'.join(map(str, target.shape))}")
-            parallel.scatter(value, target)
+            sharding.scatter(value, target)
         optimizer.state[parameter] = entry
-
-
-def open_tensors(path: Path) -> safe_open:
-    """Open a safetensors file, whose tensors are read one by one."""
-    try:
-        return safe_open(path, "pt")
-    except SafetensorError as error:
-        raise UserError(f"{path} is damaged: {error}") from None
-
-
-def get_random_state(device: torch.device) -> dict[str, torch.Tensor]:
-    """Return the states of the generators from which a run on `device` draws: the CPU's and the device's own."""
-    states = {"cpu": torch.get_rng_state()}
-    if device.type != "cpu":
-        states[device.type] = torch.get_device_module(device).get_rng_state(device)
-    return states
-
-
-def set_random_state(states: dict[str, torch.Tensor], device: torch.device) -> None:
-    """Set the generators to the output of get_random_state; a state of another type of device is left out."""
-    torch.set_rng_state(states["cpu"])
-    if device.type != "cpu" and device.type in states:
-        torch.get_device_module(device).set_rng_state(states[device.type], device)
-
-
-@contextmanager
-def keep_random_state(device: torch.device) -> Iterator[None]:
-    """Restore the generators of the CPU and of `device`, and no others, when the context ends."""
-    states = get_random_state(device)
-    try:
-        yield
-    finally:
-        set_random_state(states, device)
-
-
-def save_random_state(path: Path | None, device: torch.device) -> None:
-    """Write the states of torch's generators, from which dropout draws, of all processes."""
-    states = {}
-    for kind, state in get_random_state(device).items():
-        for number, row in enumerate(parallel.gather_rows(state[None])):
-            states[f"{kind}.{number}" if number else kind] = row[0].clone()
-    if path:
-        save_file(states, path)
-
-
-def restore_random_state(path: Path, device: torch.device) -> None:
-    """Restore torch's generators from save_random_state's file; UserError for a state of another size."""
-    states = {}
-    if parallel.is_main():
-        file, expected = open_tensors(path), len(torch.get_rng_state())
-        states = {name: file.get_tensor(name).tolist() for name in file.keys()}  # noqa: SIM118
-        if len(states.get("cpu", [])) != expected:
-            raise UserError(f"{path}: {len(states.get('cpu', []))} bytes, expected {expected}")
-    states, number = parallel.from_main(states), parallel.rank()
-    own = {kind: states.get(f"{kind}.{number}" if number else kind) for kind in ("cpu", device.type)}
-    if own["cpu"]:  # there were as many processes
-        own = {kind: torch.tensor(state, dtype=torch.uint8) for kind, state in own.items() if state}
-        set_random_state(own, device)

@@ -20,9 +20,10 @@ from utils.data.blocks import Blocks
 from utils.errors import warn
 from utils.evaluation.generation import Decoding, generate_ids
 from utils.model.loading import own_part
-from utils.training import parallel
-from utils.training.checkpoint import best_bytes, checkpoint_bytes, keep_random_state
+from utils.training import parallel, sharding
+from utils.training.checkpoint import best_bytes, checkpoint_bytes
 from utils.training.optim import clip_gradients, set_lr
+from utils.training.random_state import keep_random_state
 from utils.training.setup import TrainingSetup
 
 # More tokens per forward pass are no faster: the matrix products are large enough. notes/03_training_loop.md.
@@ -117,7 +118,7 @@ def count_activations(model, input_ids: torch.Tensor, autocast: Callable[[], Abs
 def largest_group(model) -> int:
     """Return the bytes of the largest group of weights that several processes gather together; 0 for one process."""
     seen, sizes = set(), [0]
-    for group in reversed(parallel.groups(model)):  # the whole model last: the rest of its weights is a group
+    for group in reversed(sharding.groups(model)):  # the whole model last: the rest of its weights is a group
         own = set(group.parameters()) - seen
         seen |= own
         sizes.append(sum(p.numel() * p.element_size() for p in own))
@@ -246,7 +247,7 @@ def time_evaluation(setup: TrainingSetup, model, data: Blocks) -> float:
         if prompts and new_tokens:
             for n_tokens in (1, min(new_tokens, CALIBRATION_TOKENS)):  # on a GPU, the first call loads what it runs
                 few, started = Decoding(max_new_tokens=n_tokens), read_clock(setup.device)
-                with parallel.unsharded(model):
+                with sharding.unsharded(model):
                     generate_ids(model, monitor.eos_token_id, prompts, [0] * len(prompts), few, setup.autocast)
             seconds += (read_clock(setup.device) - started) * new_tokens / n_tokens
     return seconds

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 
 from utils.errors import require_finite
-from utils.training import parallel
+from utils.training import sharding
 
 
 def decay_groups(model, weight_decay: float) -> list[dict]:
@@ -27,7 +27,7 @@ def build_optimizer(
 
 def clip_gradients(model, max_norm: float) -> torch.Tensor:
     """Scale the gradients of a model down to a norm of max_norm at most; return their norm before, on the device."""
-    return parallel.gather(torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm))
+    return sharding.gather(torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm))
 
 
 class StepFigures:
