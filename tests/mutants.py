@@ -182,6 +182,7 @@ GUARDS = [
     ("utils/training/checkpoint.py", " if p.requires_grad) + OTHER", ") + OTHER"),
     ("utils/training/checkpoint.py", 'partial / "adapter")', 'output_dir / "adapter")'),
     ("utils/training/setup.py", 'settings["lora_rank"] or None', "None"),
+    ("finetune_generative.py", 'run_config.json", {"base_sha256": hash_model(folder)})', 'run_config.json", {})'),
     ("utils/evaluation/verdict.py", ' and not faults and "sense" in has', ' and "sense" in has'),
 ]  # fmt: skip
 
