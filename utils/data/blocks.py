@@ -28,10 +28,7 @@ datasets.disable_progress_bars()
 
 
 def save_blocks(tokens: dict[str, Sequence], block_size: int, folder: Path, start: Sequence[int] = ()) -> None:
-    """Write ids by split, (n_tokens,), as rows of block_size ids, a datasets DatasetDict; a shorter tail is left out.
-
-    Each row begins with the ids of `start`, if there are any.
-    """
+    """Write (n_tokens,) ids by split as rows of block_size, `start` before each, a DatasetDict; a tail is left out."""
     for split, ids in tokens.items():
         _save_split(ids, block_size, folder / split, start)
     (folder / "dataset_dict.json").write_text(json.dumps({"splits": list(tokens)}))
@@ -57,9 +54,9 @@ def _save_file(ids: np.ndarray, block_size: int, folder: Path, start: Sequence[i
         ids = np.pad(ids.reshape(-1, block_size - 1), ((0, 0), (1, 0)), constant_values=start[0]).reshape(-1)
     digest.update(ids)
     rows = pa.FixedSizeListArray.from_arrays(pa.array(ids, type=pa.from_numpy_dtype(ids.dtype)), block_size)
-    # A fingerprint from the content: the same book gives the same files, byte for byte.
+    # A fingerprint from the content: the same book gives the same files, byte for byte. Without num_shards, datasets
+    # writes no file at all for an empty split, and then cannot open it.
     part = datasets.Dataset(pa.table({"input_ids": rows}), fingerprint=digest.hexdigest()[:16])
-    # Without num_shards, datasets writes no file at all for an empty split, and then cannot open it.
     part.save_to_disk(folder, num_shards=1)
 
 
