@@ -43,7 +43,8 @@ def _save_split(ids: Sequence, block_size: int, folder: Path, start: Sequence[in
     files = [f"data-{i:05d}-of-{n_files:05d}.arrow" for i in range(n_files)]
     for name, (first, last) in zip(files, itertools.pairwise(ends), strict=True):
         _save_file(ids[first:last], block_size, folder, start, digest)  # in a function of its own: its memory is freed
-        (folder / "data-00000-of-00001.arrow").rename(folder / name)
+        if n_files > 1:
+            (folder / "data-00000-of-00001.arrow").rename(folder / name)
     state = json.loads((folder / "state.json").read_text()) | {"_data_files": [{"filename": name} for name in files]}
     (folder / "state.json").write_text(json.dumps(state, indent=2, sort_keys=True))
 
