@@ -28,10 +28,7 @@ datasets.disable_progress_bars()
 
 
 def save_blocks(tokens: dict[str, Sequence], block_size: int, folder: Path, start: Sequence[int] = ()) -> None:
-    """Write ids by split, (n_tokens,), as rows of block_size ids, a datasets DatasetDict; a shorter tail is left out.
-
-    Each row begins with the ids of `start`, if there are any.
-    """
+    """Write (n_tokens,) ids by split as rows of block_size, `start` before each, a DatasetDict; a tail is left out."""
     for split, ids in tokens.items():
         _save_split(ids, block_size, folder / split, start)
     (folder / "dataset_dict.json").write_text(json.dumps({"splits": list(tokens)}))
@@ -39,25 +36,29 @@ def save_blocks(tokens: dict[str, Sequence], block_size: int, folder: Path, star
 
 def _save_split(ids: Sequence, block_size: int, folder: Path, start: Sequence[int]) -> None:
     """Write the rows of a split, one file at a time, as Dataset.save_to_disk would: it needs all in memory."""
-    size, files, digest = block_size - len(start), [], hashlib.sha256()
+    size, digest = block_size - len(start), hashlib.sha256()
     n_rows = len(ids) // size
     n_files = n_rows * block_size * ids.dtype.itemsize // SHARD_BYTES + 1
     ends = [n_rows * i // n_files * size for i in range(n_files + 1)]
-    for i, (first, last) in enumerate(itertools.pairwise(ends)):
-        whole = ids[first:last]
-        if start:
-            whole = np.pad(whole.reshape(-1, size), ((0, 0), (1, 0)), constant_values=start[0]).reshape(-1)
-        digest.update(whole)
-        rows = pa.FixedSizeListArray.from_arrays(pa.array(whole, type=pa.from_numpy_dtype(ids.dtype)), block_size)
-        # A fingerprint from the content: the same book gives the same files, byte for byte.
-        part = datasets.Dataset(pa.table({"input_ids": rows}), fingerprint=digest.hexdigest()[:16])
-        # Without num_shards, datasets writes no file at all for an empty split, and then cannot open it.
-        part.save_to_disk(folder, num_shards=1)
-        files.append(f"data-{i:05d}-of-{n_files:05d}.arrow")
+    files = [f"data-{i:05d}-of-{n_files:05d}.arrow" for i in range(n_files)]
+    for name, (first, last) in zip(files, itertools.pairwise(ends), strict=True):
+        _save_file(ids[first:last], block_size, folder, start, digest)  # in a function of its own: its memory is freed
         if n_files > 1:
-            (folder / "data-00000-of-00001.arrow").rename(folder / files[-1])
+            (folder / "data-00000-of-00001.arrow").rename(folder / name)
     state = json.loads((folder / "state.json").read_text()) | {"_data_files": [{"filename": name} for name in files]}
     (folder / "state.json").write_text(json.dumps(state, indent=2, sort_keys=True))
+
+
+def _save_file(ids: np.ndarray, block_size: int, folder: Path, start: Sequence[int], digest) -> None:
+    """Save ids as a dataset of one file, named by `digest`, a hashlib object that is updated by them."""
+    if start:
+        ids = np.pad(ids.reshape(-1, block_size - 1), ((0, 0), (1, 0)), constant_values=start[0]).reshape(-1)
+    digest.update(ids)
+    rows = pa.FixedSizeListArray.from_arrays(pa.array(ids, type=pa.from_numpy_dtype(ids.dtype)), block_size)
+    # A fingerprint from the content: the same book gives the same files, byte for byte. Without num_shards, datasets
+    # writes no file at all for an empty split, and then cannot open it.
+    part = datasets.Dataset(pa.table({"input_ids": rows}), fingerprint=digest.hexdigest()[:16])
+    part.save_to_disk(folder, num_shards=1)
 
 
 @dataclass(frozen=True)
