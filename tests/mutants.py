@@ -20,7 +20,8 @@ from importlib.machinery import SourceFileLoader
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-QUICK = ["tests/test_storage.py", "tests/test_output_dir.py", "tests/training/test_checkpoint.py"]
+QUICK = ["tests/test_storage.py", "tests/test_output_dir.py", "tests/training/test_checkpoint.py",
+         "tests/training/test_random_state.py", "tests/training/test_optim.py"]  # fmt: skip
 SLOWER = [
     f"tests/{name}.py"
     for name in (
@@ -77,8 +78,8 @@ GUARDS = [
     ("utils/training/checkpoint.py", "    if not fits:\n", "    if False:\n"),
     ("utils/training/checkpoint.py", "            if value is None or value.shape != target.shape:\n",
      "            if False:\n"),
-    ("utils/training/checkpoint.py", '    torch.set_rng_state(states["cpu"])\n', ""),
-    ("utils/training/checkpoint.py", "set_rng_state(states[device.type], device)", "id(states)"),
+    ("utils/training/random_state.py", '    torch.set_rng_state(states["cpu"])\n', ""),
+    ("utils/training/random_state.py", "set_rng_state(states[device.type], device)", "id(states)"),
     ("utils/training/forecast.py", "    with keep_random_state(setup.device):\n", "    if True:\n"),
     ("utils/training/forecast.py", "mean(passes[WARM_UP_STEPS:])", "mean(passes)"),
     ("utils/model/layers.py", "    if n_dropped == 2**16:", "    if False:"),
@@ -86,7 +87,7 @@ GUARDS = [
     ("utils/evaluation/render.py", "if found := BLOCK_START.match(escaped):", "if found := None:"),
     ("utils/evaluation/render.py", "base_model=None if Path(base).is_dir() else base", "base_model=base"),
     ("utils/evaluation/render.py", "if _is_text(known.get(name))", "if known.get(name)"),
-    ("utils/training/checkpoint.py", '        if len(states.get("cpu", [])) != expected:\n', "        if False:\n"),
+    ("utils/training/random_state.py", '        if len(states.get("cpu", [])) != expected:\n', "        if False:\n"),
     ("utils/training/parallel.py", "    if changed:\n", "    if False:\n"),
     ("utils/training/parallel.py", "    torch.set_autocast_cache_enabled(False)", "    pass"),
     ("utils/training/forecast.py", ' // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))', ""),

@@ -8,6 +8,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+from mutants import GUARDS
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "notes").glob("*.md")), *sorted((ROOT / "results").glob("*/README.md"))]
@@ -172,6 +173,11 @@ def test_replaced_words_are_gone(parsers):
         flat = re.sub(r"\s+", " ", text)
         found += [f"{place}: {match[0]!r}" for form in REPLACED for match in re.finditer(form, flat, re.IGNORECASE)]
     assert not found, "\n".join(found)
+
+
+def test_every_guard_that_mutants_removes_is_there_once():
+    for module, snippet, _ in GUARDS:
+        assert (ROOT / module).read_text(encoding="utf-8").count(snippet) == 1, (module, snippet)
 
 
 def test_modules_keep_the_house_rules():
