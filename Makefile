@@ -1,4 +1,4 @@
-# make demo · make test · make lint · make mistakes · make bench · make bench-gpu · make soak
+# make demo · make test · make lint · make notes · make mistakes · make bench · make bench-gpu · make soak
 # PYTHON=python3.12 make demo picks another Python.
 PYTHON ?= python3
 BIN := .venv/bin
@@ -6,7 +6,7 @@ READY := .venv/.installed
 BASE := results/base_model
 FINETUNED := results/checkpoints/finetuned_model
 
-.PHONY: demo test soak mistakes bench bench-gpu lint clean
+.PHONY: demo test soak notes mistakes bench bench-gpu lint clean
 
 demo: $(READY)
 	$(BIN)/python prepare_data.py --model-name $(BASE)
@@ -32,6 +32,10 @@ soak: $(READY)
 	$(BIN)/python tests/mutants.py guards
 	$(BIN)/python tests/mutants.py mistakes
 	$(BIN)/python tests/mutants.py mutate
+
+# About four minutes on 2 cores: runs the demo in a folder of its own and fills its figures into README and notes.
+notes: $(READY)
+	$(BIN)/python -m benchmarks.notes
 
 # About five minutes on 2 cores; fills the table of notes/06_classic_mistakes.md.
 mistakes: $(READY)

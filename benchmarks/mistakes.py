@@ -28,6 +28,7 @@ import torch
 
 import finetune_generative
 import prepare_data
+from benchmarks.pages import fill_pages
 from tests.impostors import make_impostors
 from tests.scorer import independent_loss
 from utils.data import text as texts
@@ -42,7 +43,6 @@ from utils.training import optim
 
 ROOT = Path(__file__).parent.parent
 NOTE, RESULTS = ROOT / "notes/06_classic_mistakes.md", Path(__file__).with_suffix(".json")
-MARKS = "<!-- mistakes -->\n", "<!-- /mistakes -->"
 
 
 class Lab:
@@ -408,13 +408,12 @@ def main() -> None:
             rows[mistake.title] = {"quantity": quantity, "guard": mistake.guard, **figures}
             rows = {m.title: rows[m.title] for m in MISTAKES if m.title in rows}
             RESULTS.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")  # kept, whatever comes after
-    before, rest = NOTE.read_text(encoding="utf-8").split(MARKS[0])
-    NOTE.write_text(before + MARKS[0] + write_table(rows) + MARKS[1] + rest.split(MARKS[1])[1], encoding="utf-8")
+    fill_pages({"mistakes": write_table(rows)})
 
 
 def write_table(rows: dict[str, dict]) -> str:
-    """Put the figures into a table for the note."""
-    lines = ["| mistake | reported | true | with the right line: reported | true | guard |",
+    """Put the figures into a table for the note, on lines of its own between the markers."""
+    lines = ["", "| mistake | reported | true | with the right line: reported | true | guard |",
              "|---|---:|---:|---:|---:|---|"]  # fmt: skip
     for title, row in rows.items():
         figures = (f"{x:.0f}" if x.is_integer() else f"{x:.3f}" for x in (*row["wrong"], *row["right"]))

@@ -15,6 +15,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from benchmarks.pages import fill_pages
+
 HERE = Path(__file__).parent
 NAMES = ["training", "levers", "generation", "preparation", "startup", "saving", "forecast", "growth"]
 LIBRARIES = ["torch", "transformers", "tokenizers", "datasets", "accelerate", "tiktoken"]
@@ -55,13 +57,9 @@ def list_targets(results: dict) -> list[str]:
     return lines
 
 
-def show_in_readme(results: dict) -> None:
-    """Put that table between the marks in the project's README."""
-    path = HERE.parent / "README.md"
-    before, rest = path.read_text(encoding="utf-8").split("<!-- benchmarks -->\n", 1)
-    after = rest.split("<!-- /benchmarks -->", 1)[1]
-    table = "\n".join(list_targets(results))
-    path.write_text(f"{before}<!-- benchmarks -->\n{table}\n<!-- /benchmarks -->{after}", encoding="utf-8")
+def write_targets(results: dict) -> str:
+    """Put that table into what stands between the markers in the README."""
+    return "\n" + "\n".join(list_targets(results)) + "\n"
 
 
 def list_gpu() -> list[str]:
@@ -129,7 +127,7 @@ def main() -> None:
         if not args.quick:  # what is measured is kept, whatever comes after
             path.write_text(json.dumps(results, indent=2) + "\n")
             (HERE / "README.md").write_text(write_page(results))
-            show_in_readme(results)
+            fill_pages({"benchmarks": write_targets(results)})
     print(write_page(results))
 
 
