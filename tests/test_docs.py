@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from mutants import GUARDS
 
+from benchmarks.pages import fill
+
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "notes").glob("*.md")), *sorted((ROOT / "results").glob("*/README.md"))]
 SCRIPTS = ["prepare_data", "finetune_generative", "generate_text"]
@@ -74,9 +76,9 @@ def actions(parsers):
 
 
 def own_words(page):
-    """Return a page without quotations (lines that start with '>'), code blocks included."""
-    lines = page.read_text(encoding="utf-8").splitlines()
-    return "\n".join(line for line in lines if not line.startswith(">"))
+    """Return a page without quotations (lines that start with '>', texts of models), code blocks included."""
+    text = fill(page.read_text(encoding="utf-8"), {"demo.excerpts": "", "demo.printed": ""})
+    return "\n".join(line for line in text.splitlines() if not line.startswith(">"))
 
 
 def shown_default(action):
