@@ -7,6 +7,7 @@ python -m benchmarks.notes --fill    only fill the pages again from figures.json
 import argparse
 import datetime
 import json
+import math
 import os
 import re
 import shutil
@@ -35,21 +36,29 @@ BROWSERS = ["chromium", "chromium-browser", "google-chrome"]
 WORDS = 5  # characteristic words that note 4 shows
 EXCERPT = 260  # characters
 
-LOSS, SHARE, INTERVAL = "{:.3f}", "{:.1%}", "{value:.2f} [{low:.2f}, {high:.2f}]"
+LOSS, SHARE, COUNT, INTERVAL = "{:.3f}", "{:.1%}", "{:,}", "{value:.2f} [{low:.2f}, {high:.2f}]"
 FINE = "{value:.3f} [{low:.3f}, {high:.3f}]"
+COLUMNS = {"": "finetuned", "_base": "base", "_author": "reference"}  # by the ends of names
+
+
+def of_columns(name: str, form: str, path: str) -> dict[str, tuple[str, str]]:
+    """Name a figure of the fine-tuned model, the base and the author."""
+    return {f"{name}{end}": (form, path.format(column)) for end, column in COLUMNS.items()}
+
+
 # Name: how it is shown, and where the run has it (a file, then keys).
 NAMED = {
     "parameters": ("{:.1f} million", "run.parameters"),
     "seconds": ("{:.0f} s", "run.seconds"),
-    "words": ("{:,}", "manifest.books.0.words"),
-    "blocks": ("{:,}", "manifest.splits.train.blocks"),
-    "validation_blocks": ("{:,}", "manifest.splits.validation.blocks"),
-    "validation_ngrams": ("{:,}", "manifest.leakage.validation_ngrams"),
-    "leaked_ngrams": ("{:,}", "manifest.leakage.leaked_ngrams"),
-    "steps_per_epoch": ("{:,}", "run.steps_per_epoch"),
-    "epochs": ("{:g}", "run.epochs"),
-    "steps": ("{:,}", "results.max_steps"),
-    "best_step": ("{:,}", "results.best_step"),
+    "words": (COUNT, "manifest.books.0.words"),
+    "blocks": (COUNT, "manifest.splits.train.blocks"),
+    "validation_blocks": (COUNT, "manifest.splits.validation.blocks"),
+    "validation_ngrams": (COUNT, "manifest.leakage.validation_ngrams"),
+    "leaked_ngrams": (COUNT, "manifest.leakage.leaked_ngrams"),
+    "steps_per_epoch": (COUNT, "run.steps_per_epoch"),
+    "epochs": ("{:g}", "config.settings.epochs"),
+    "steps": (COUNT, "results.max_steps"),
+    "best_step": (COUNT, "results.best_step"),
     "train_seconds": ("{:.0f} s", "results.train_runtime"),
     "loss": (LOSS, "results.eval_loss"),
     "loss_base": (LOSS, "results.base_eval_loss"),
@@ -63,38 +72,32 @@ NAMED = {
     "gain_general": (FINE, "report.control_gain"),
     "style_gain": (FINE, "report.style_gain"),
     "forgetting": ("{value:.1f} % [{low:.1f}, {high:.1f}]", "report.forgetting"),
-    "delta": (FINE, "report.delta.finetuned"),
-    "delta_base": (FINE, "report.delta.base"),
-    "delta_author": (FINE, "report.delta.reference"),
-    "unknown": (SHARE, "report.unknown_words.finetuned"),
-    "unknown_base": (SHARE, "report.unknown_words.base"),
-    "unknown_author": (SHARE, "report.unknown_words.reference"),
-    "auc": (INTERVAL, "report.reader_auc.finetuned"),
-    "auc_base": (INTERVAL, "report.reader_auc.base"),
-    "auc_author": (INTERVAL, "report.reader_auc.reference"),
+    "forgetting_value": ("{value:.1f} %", "report.forgetting"),
+    **of_columns("delta", FINE, "report.delta.{}"),
+    **of_columns("delta_value", "{value:.3f}", "report.delta.{}"),
+    **of_columns("unknown", SHARE, "report.unknown_words.{}"),
+    **of_columns("auc", INTERVAL, "report.reader_auc.{}"),
+    **of_columns("auc_value", "{value:.2f}", "report.reader_auc.{}"),
     "gap_words": (INTERVAL, "report.parts.finetuned.words"),
     "gap_spelling": (INTERVAL, "report.parts.finetuned.spelling"),
     "gap_sense": (INTERVAL, "report.parts.finetuned.sense"),
     "gap": (INTERVAL, "report.gap_closed.finetuned"),
-    **{f"copied_{n}{of}": (SHARE, f"report.copy_rate.{column}.{n}")
-       for n in (8, 16, 32) for of, column in (("", "finetuned"), ("_base", "base"), ("_author", "reference"))},
-    **{f"longest_copy{of}": ("{:,}", f"report.longest_copy.{column}.tokens")
-       for of, column in (("", "finetuned"), ("_base", "base"), ("_author", "reference"))},
-    **{f"covered{of}": (SHARE, f"report.coverage.{column}.covered")
-       for of, column in (("", "finetuned"), ("_base", "base"), ("_author", "reference"))},
-    **{f"loops{of}": (SHARE, f"report.repetition.{column}.loops")
-       for of, column in (("", "finetuned"), ("_base", "base"), ("_author", "reference"))},
-    **{f"repeated{of}": (SHARE, f"report.repetition.{column}.repeated_4grams")
-       for of, column in (("", "finetuned"), ("_base", "base"), ("_author", "reference"))},
+    **of_columns("copied_8", SHARE, "report.copy_rate.{}.8"),
+    **of_columns("copied_16", SHARE, "report.copy_rate.{}.16"),
+    **of_columns("copied_32", SHARE, "report.copy_rate.{}.32"),
+    **of_columns("longest_copy", COUNT, "report.longest_copy.{}.tokens"),
+    **of_columns("covered", SHARE, "report.coverage.{}.covered"),
+    **of_columns("repeated", SHARE, "report.repetition.{}.repeated_4grams"),
+    **of_columns("loops", SHARE, "report.repetition.{}.loops"),
     "extracted": ("{:.0%}", "report.extraction.finetuned.train.exact_match"),
-    "extraction_blocks": ("{:,}", "report.extraction.finetuned.train.prefixes"),
+    "extraction_blocks": (COUNT, "report.extraction.finetuned.train.prefixes"),
     "extractable": ("{:.0%}", "report.extraction.finetuned.train.extractable.10000"),
     "log_prob": ("{:.2f}", "report.extraction.finetuned.train.mean_log_prob"),
     "log_prob_base": ("{:.2f}", "report.extraction.base.train.mean_log_prob"),
     "log_prob_validation": ("{:.2f}", "report.extraction.finetuned.validation.mean_log_prob"),
     "log_prob_validation_base": ("{:.2f}", "report.extraction.base.validation.mean_log_prob"),
-    "samples": ("{:,}", "report.counts.texts.finetuned"),
-}  # fmt: skip
+    "samples": (COUNT, "report.counts.texts.finetuned"),
+}
 # Tables of these figures.
 TABLES = {
     "table_likelihood": """
@@ -137,7 +140,7 @@ TABLES = {
 """,
 }
 # Beginnings of the printed lines that the README shows.
-PRINTED = ["prepared ", "text  ", "training  ", "step 0:", "step {best_step}:", "validation loss ", "base  fine-tuned",
+PRINTED = ["prepared ", "text  ", "tokens  ", "training  ", "step 0:", "step {best_step}:", "validation loss ", "base  fine-tuned",
            "validation text: ", "general text: ", "unknown words",
            "reader's AUC", "gap closed  ", "tokens in n-grams of 8+"]  # fmt: skip
 
@@ -170,11 +173,9 @@ def collect(folder: Path, printed: str, seconds: float) -> dict[str, Any]:
     report = run["report"]
     for column, (low, high) in report.get("intervals", {}).get("delta", {}).items():
         report["delta"][column] = {"value": report["delta"][column], "low": low, "high": high}
-    settings = run["config"]["settings"]
-    per_epoch = -(-run["manifest"]["splits"]["train"]["blocks"] // settings["batch_size"])
+    per_epoch = math.ceil(run["manifest"]["splits"]["train"]["blocks"] / run["config"]["settings"]["batch_size"])
     parameters = sum(weight.numel() for weight in load_file(folder / "results/base_model/model.safetensors").values())
-    run["run"] = {"seconds": seconds, "parameters": parameters / 1e6, "steps_per_epoch": per_epoch,
-                  "epochs": settings["epochs"]}  # fmt: skip
+    run["run"] = {"seconds": seconds, "parameters": parameters / 1e6, "steps_per_epoch": per_epoch}
     figures = {name: look_up(run, path) for name, (_, path) in NAMED.items()}
     texts = {
         "printed": select_printed(printed, report["verdict"], figures["best_step"]),
