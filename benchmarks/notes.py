@@ -140,9 +140,9 @@ TABLES = {
 """,
 }
 # Beginnings of the printed lines that the README shows.
-PRINTED = ["prepared ", "text  ", "tokens  ", "training  ", "step 0:", "step {best_step}:", "validation loss ", "base  fine-tuned",
-           "validation text: ", "general text: ", "unknown words",
-           "reader's AUC", "gap closed  ", "tokens in n-grams of 8+"]  # fmt: skip
+PRINTED = ["prepared ", "text  ", "tokens  ", "training  ", "step 0:", "step {best_step}:", "validation loss ",
+           "base  fine-tuned", "validation text: ", "general text: ", "unknown words", "reader's AUC", "gap closed  ",
+           "tokens in n-grams of 8+"]  # fmt: skip
 
 
 def run_demo(folder: Path) -> tuple[str, float]:
