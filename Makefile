@@ -1,4 +1,4 @@
-# make demo · make test · make lint · make bench · make bench-gpu · make soak
+# make demo · make test · make lint · make mistakes · make bench · make bench-gpu · make soak
 # PYTHON=python3.12 make demo picks another Python.
 PYTHON ?= python3
 BIN := .venv/bin
@@ -6,7 +6,7 @@ READY := .venv/.installed
 BASE := results/base_model
 FINETUNED := results/checkpoints/finetuned_model
 
-.PHONY: demo test soak bench bench-gpu lint clean
+.PHONY: demo test soak mistakes bench bench-gpu lint clean
 
 demo: $(READY)
 	$(BIN)/python prepare_data.py --model-name $(BASE)
@@ -24,13 +24,18 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest -n 4 --dist worksteal
 
-# Hours: the same tests with large counts, then every guard removed in turn and small changes everywhere.
+# Hours: the same tests with large counts, then every guard removed in turn, the classic mistakes, small changes everywhere.
 SOAK := tests/test_crash.py tests/test_damage.py tests/test_disk.py tests/test_signals.py tests/test_identity.py \
 	tests/model/test_hub.py tests/test_fuzz.py
 soak: $(READY)
 	$(BIN)/python -m pytest --full -s $(SOAK)
 	$(BIN)/python tests/mutants.py guards
+	$(BIN)/python tests/mutants.py mistakes
 	$(BIN)/python tests/mutants.py mutate
+
+# About five minutes on 2 cores; fills the table of notes/06_classic_mistakes.md.
+mistakes: $(READY)
+	$(BIN)/python -m benchmarks.mistakes
 
 # Installs the tools that are compared with, beside the product. About half an hour on 2 cores.
 bench: $(READY)

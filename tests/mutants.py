@@ -1,6 +1,7 @@
 """Take each guard out, and change small things all over, to see that a test fails every time.
 
     python tests/mutants.py guards      every fsync, rename, checksum, lock, finiteness check ... removed
+    python tests/mutants.py mistakes    the wrong lines of benchmarks/mistakes.py, each before the test that guards it
     python tests/mutants.py mutate      small changes in the modules of MUTATED, or in those named
 
 A mutant is a module's source, changed and given to a forked child in place of the file; the child runs the
@@ -11,8 +12,10 @@ import ast
 import copy
 import importlib.abc
 import importlib.util
+import json
 import os
 import signal
+import subprocess
 import sys
 import time
 from contextlib import suppress
@@ -307,6 +310,18 @@ def mutate(path):
             yield f"{path}:{node.lineno} {what} {number}: {line[:80]}", with_change
 
 
+def read_mistakes():
+    """Return (name, path, source, [test]) of the classic mistakes; read in a child, so that no module is imported."""
+    command = [sys.executable, "-c", "import json; from benchmarks.mistakes import MISTAKES; print(json.dumps("
+               "[(m.title, m.path, m.right, m.wrong, m.guard) for m in MISTAKES]))"]  # fmt: skip
+    mutants = []
+    for title, path, right, wrong, guard in json.loads(subprocess.check_output(command)):
+        source = (ROOT / path).read_text(encoding="utf-8")
+        assert source.count(right) == 1, f"{path}: {right!r} stands there {source.count(right)} times"
+        mutants.append((title, path, source.replace(right, wrong), [guard]))
+    return mutants
+
+
 def main():
     os.chdir(ROOT)
     sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -318,6 +333,11 @@ def main():
 
     torch.set_num_threads(1)
     what, paths = sys.argv[1], sys.argv[2:] or MUTATED
+    if what == "mistakes":
+        mistakes = read_mistakes()
+        survivors = run_all(mistakes)
+        print(f"{len(mistakes)} mistakes planted, {len(mistakes) - len(survivors)} times their guard failed")
+        return bool(survivors)
     if what == "guards":
         mutants = []
         for path, guard, instead in GUARDS:

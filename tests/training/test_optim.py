@@ -43,3 +43,14 @@ def test_a_gradient_alone_is_enough():
     figures.note(optimizer, 1, torch.tensor(1.0), torch.tensor(math.inf))
     with pytest.raises(UserError, match=r"^gradient is not a finite number at step 1 "):
         figures.read()
+
+
+def test_decay_pulls_matrices_alone():
+    """A step without any gradient moves what decays, and nothing else."""
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.LayerNorm(2))
+    before = copy.deepcopy(model.state_dict())
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    build_optimizer(model, 0.1, 0.5, (0.9, 0.99), 1e-8).step()
+    moved = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert moved == {"0.weight"}
