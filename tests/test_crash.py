@@ -233,11 +233,11 @@ def test_a_kill_at_any_file_operation_changes_nothing(case, amount, name):
     case.begin()
     case.run(KillAt(listing=listing))
     points = listing.read_text().splitlines()
-    stride = amount(max(1, len(points) // 7), 1)
+    stride = amount(max(1, len(points) // 5), 1)
     final = [n for n, line in enumerate(points) if re.search(r" (rename|replace) .*(manifest.json|'\)$|/out/\.)", line)]
     turning = r"replace .*/.partial/manifest.json'\) |after (rename .*/.partial'\) |unlink .*/run_config.json)"
     decisive = [n for n, line in enumerate(points) if re.search(turning, line)]
-    chosen = sorted({*range(0, len(points), stride), *final[:: amount(max(1, len(final) // 4), 1)], *decisive})
+    chosen = sorted({*range(0, len(points), stride), *final[:: amount(max(1, len(final) // 3), 1)], *decisive})
     for point in chosen:
         case.begin()
         ended = run_child(*case.make(case.out, *case.flags), prepare=KillAt(point))
@@ -376,7 +376,7 @@ class Disk:
         return safe + chance.choice([b"", cut, bytes(len(rest)), rest, cut + chance.randbytes(len(rest) - len(cut))])
 
 
-CUTS = {"finetune": (100, 1500), "finetune --overwrite": (6, 300), "finetune stopped": (8, 300),
+CUTS = {"finetune": (40, 1500), "finetune --overwrite": (6, 300), "finetune stopped": (8, 300),
         "finetune unsaved": (6, 300), "finetune lora": (4, 300), "prepare": (20, 500), "prepare --overwrite": (8, 200),
         "generate": (5, 100), "generate measured": (5, 100)}  # fmt: skip
 
@@ -434,7 +434,7 @@ def kill_after(command, delay):
 
 
 def test_a_kill_at_any_time_loses_at_most_one_interval(case, amount):
-    case, n_trials, lost, killed = case("finetune"), amount(40, 2000), [], 0
+    case, n_trials, lost, killed = case("finetune"), amount(20, 2000), [], 0
     case.begin()
     started = time.monotonic()
     case.run()
@@ -457,7 +457,7 @@ def test_a_kill_at_any_time_loses_at_most_one_interval(case, amount):
 
 
 def test_a_run_killed_many_times_in_a_row_is_the_run_never_killed(workshop, tmp_path, amount):  # noqa: F811
-    n_kills, chance = amount(15, 200), random.Random(3)
+    n_kills, chance = amount(10, 200), random.Random(3)
     steps, out, undisturbed_out = 4 * n_kills, tmp_path / "killed", tmp_path / "undisturbed"
     flags = ["--max-steps", steps, "--eval-every", 7]
     ended = run_child(*workshop.finetune(undisturbed_out, *flags), prepare=plain)

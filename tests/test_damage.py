@@ -442,6 +442,7 @@ def hostile_folders(base, marker, outside):
         "config is a folder": {"config.json": ...},
         "weights are a folder": {weights: ...},
         "tokenizer is a folder": {"tokenizer.json": ...},
+        "adapter": {"adapter_config.json": json.dumps({"base_model_name_or_path": str(outside), "peft_type": "LORA"})},
         "index to outside": {weights: None, f"{weights}.index.json": index(tensors, f"../{outside.name}")},
         "index to outside, decoy inside": {
             weights: None, "model-1.safetensors": good, f"{weights}.index.json": index(tensors, f"../{outside.name}")
@@ -453,7 +454,6 @@ def hostile_folders(base, marker, outside):
         "own tokenizer class": {"tokenizer_config.json": {"tokenizer_class": "own.X"}, "own.py": code},
         "tokenizer class of the library": {"tokenizer_config.json": {"tokenizer_class": "subprocess.Popen"}},
         "chat template": {"chat_template.jinja": f"{{{{ cycler.__init__.__globals__.os.popen('touch {marker}') }}}}"},
-        "adapter": {"adapter_config.json": json.dumps({"base_model_name_or_path": str(outside), "peft_type": "LORA"})},
         "generation settings broken": {"generation_config.json": "{"},
         "generation settings hostile": {
             "generation_config.json": {"transformers_version": [], "custom_generate": "own"}

@@ -409,7 +409,7 @@ def test_checkpoints(workshop, undisturbed, broken_off, tmp_path, amount):  # no
         ([("trainer_state.json", ("json", [0], "step", 48))], True, False),
         ([("trainer_state.json", ("json", [0], "seconds", float("inf")))], True, True),
     ]
-    fuzz(amount(150, 20_000), "checkpoints", example, work, check, tmp_path, known)
+    fuzz(amount(80, 20_000), "checkpoints", example, work, check, tmp_path, known)
 
 
 MEANINGFUL = {
@@ -476,7 +476,7 @@ def test_models(workshop, tmp_path, amount):  # noqa: F811
         [("tokenizer_config.json", ("json", [0], "model_max_length", [[]]))],
         [("tokenizer_config.json", ("json", [0], "x", "\ud800"))],
     ]
-    fuzz(amount(300, 20_000), "models", damaged(files), work, check, tmp_path, known)
+    fuzz(amount(150, 20_000), "models", damaged(files), work, check, tmp_path, known)
 
 
 SCRIPTS = {"prepare_data": prepare_data, "finetune_generative": finetune_generative, "generate_text": generate_text}
