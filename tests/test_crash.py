@@ -434,7 +434,7 @@ def kill_after(command, delay):
 
 
 def test_a_kill_at_any_time_loses_at_most_one_interval(case, amount):
-    case, n_trials, lost, killed = case("finetune"), amount(20, 2000), [], 0
+    case, n_trials, lost, killed = case("finetune"), amount(10, 2000), [], 0
     case.begin()
     started = time.monotonic()
     case.run()

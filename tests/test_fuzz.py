@@ -409,7 +409,7 @@ def test_checkpoints(workshop, undisturbed, broken_off, tmp_path, amount):  # no
         ([("trainer_state.json", ("json", [0], "step", 48))], True, False),
         ([("trainer_state.json", ("json", [0], "seconds", float("inf")))], True, True),
     ]
-    fuzz(amount(80, 20_000), "checkpoints", example, work, check, tmp_path, known)
+    fuzz(amount(50, 20_000), "checkpoints", example, work, check, tmp_path, known)
 
 
 MEANINGFUL = {
@@ -476,7 +476,7 @@ def test_models(workshop, tmp_path, amount):  # noqa: F811
         [("tokenizer_config.json", ("json", [0], "model_max_length", [[]]))],
         [("tokenizer_config.json", ("json", [0], "x", "\ud800"))],
     ]
-    fuzz(amount(150, 20_000), "models", damaged(files), work, check, tmp_path, known)
+    fuzz(amount(80, 20_000), "models", damaged(files), work, check, tmp_path, known)
 
 
 SCRIPTS = {"prepare_data": prepare_data, "finetune_generative": finetune_generative, "generate_text": generate_text}
@@ -548,7 +548,7 @@ def test_command_lines(tmp_path, amount):
                 assert value == got or str(Path(value)) in (got if isinstance(got, list) else [got]) or value in got
         return True
 
-    fuzz(amount(1_000, 20_000), "command lines", commands(), work, check, tmp_path, seconds=5)
+    fuzz(amount(500, 20_000), "command lines", commands(), work, check, tmp_path, seconds=5)
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
