@@ -50,7 +50,7 @@ def use_fast_layers(model, device: torch.device, compiled: bool = False) -> None
             model.loss_function = functools.partial(next_token_loss, compute=torch.compile(compute_fused, dynamic=True))
 
 
-def leave_out_mask(model, args: tuple, options: dict) -> None:
+def leave_out_mask(model, _inputs: tuple, options: dict) -> None:
     """Choose the attention of a forward pass: without padding and cache, one that needs no mask.
 
     transformers looks for packed sequences before it makes a mask, and waits for the GPU to see the answer.
