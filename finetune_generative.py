@@ -168,7 +168,7 @@ def load_model(args, data, base, folder, checkpoint, device):
     model = sharding.build_alike(model).train()
     loading.check_fit(model, data)
     if args.lora_rank:
-        add_adapter(model, args.lora_rank, args.lora_alpha, args.seed, base, parallel.is_main() and checkpoint)
+        add_adapter(model, args.lora_rank, args.lora_alpha, args.seed, base, checkpoint if parallel.is_main() else None)
     use_fast_layers(model, device, args.compile)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})

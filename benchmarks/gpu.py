@@ -26,13 +26,11 @@ from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, 
 
 from benchmarks.forecast import SHAPE
 from benchmarks.run import HERE, describe_machine, write_page
-from benchmarks.training import TINY, FakeBlocks
-from finetune_generative import forward_backward
+from benchmarks.training import TINY, FakeBlocks, make_step
 from utils.evaluation.generation import Decoding, generate_ids
 from utils.model.layers import use_fast_layers
 from utils.model.loading import autocast, count_parameters, pick_device, set_deterministic
-from utils.training.forecast import choose_micro_batch
-from utils.training.optim import StepFigures, build_optimizer, clip_gradients
+from utils.training.forecast import choose_micro_batch, read_clock
 
 RESULTS = HERE / "gpu.json"
 BLOCKS, TOKENS, WARM_UP, TIMED = (128, 1024), 65_536, 3, 10
@@ -65,47 +63,20 @@ def measure_product(device: torch.device, size: int) -> float:
     return 2 * size**3 / seconds
 
 
-def wait_for(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
 def time_steps(step, device: torch.device) -> float:
     """Return the seconds per step, without those that warm up; step takes its number."""
     for number in range(WARM_UP):
         step(number)
-    started = wait_for(device)
+    started = read_clock(device)
     for number in range(WARM_UP, WARM_UP + TIMED):
         step(number)
-    return (wait_for(device) - started) / TIMED
+    return (read_clock(device) - started) / TIMED
 
 
 def micro_batch_of(model, device: torch.device, block_size: int, n_blocks: int) -> int:
     rows = FakeBlocks(torch.randint(0, model.config.vocab_size, (2, block_size)))
     data = SimpleNamespace(train=rows, block_size=block_size)
     return choose_micro_batch(model, data, functools.partial(autocast, device, "bf16"), n_blocks, None)
-
-
-def train_here(model, device: torch.device, batches: list[torch.Tensor], compiled: bool) -> float:
-    """Return the seconds of a step as finetune_generative.py does it, loss and norm left on the device."""
-    use_fast_layers(model, device, compiled)
-    optimizer, figures = build_optimizer(model, 5e-5, 0.01, (0.9, 0.999), 1e-8), StepFigures(device)
-    n_blocks = sum(map(len, batches))
-
-    def step(number: int) -> None:
-        mean_loss = torch.zeros((), device=device)
-        with autocast(device, "bf16"):
-            for ids in batches:
-                input_ids = ids.to(device, non_blocking=True)
-                mean_loss += forward_backward(model, input_ids, len(input_ids) / n_blocks)
-        figures.note(optimizer, number, mean_loss, clip_gradients(model, 1.0))
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    seconds = time_steps(step, device)
-    figures.read()
-    return seconds
 
 
 def train_plainly(model, device: torch.device, batches: list[torch.Tensor]) -> float:
@@ -132,7 +103,7 @@ def train_with_trainer(model, device: torch.device, batches: list[torch.Tensor])
     class Clock(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
             if state.global_step in (WARM_UP, WARM_UP + TIMED):
-                moments.append(wait_for(device))
+                moments.append(read_clock(device))
 
     rows = [{"input_ids": ids, "labels": ids} for ids in torch.cat(batches)] * (WARM_UP + TIMED)
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
@@ -159,7 +130,8 @@ def train(variant: str, quick: bool) -> dict:
             torch.cuda.reset_peak_memory_stats()
         started = time.perf_counter()
         if variant.startswith("this project"):
-            seconds = train_here(model, device, batches, compiled="compile" in variant)
+            use_fast_layers(model, device, compiled="compile" in variant)
+            seconds = time_steps(make_step(model, device, "bf16", batches), device)
         else:
             seconds = (train_plainly if "plain" in variant else train_with_trainer)(model, device, batches)
         speed = n_blocks * block_size / seconds
@@ -194,9 +166,9 @@ def generate(quick: bool) -> dict:
     results = {}
     for name, call in (("generate()", peer), ("this project", ours)):
         call()
-        started = wait_for(device)
+        started = read_clock(device)
         n = call()
-        results[name] = n / (wait_for(device) - started)
+        results[name] = n / (read_clock(device) - started)
     return results
 
 

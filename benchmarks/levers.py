@@ -49,7 +49,7 @@ def build(quick: bool, without: str):
         with contextlib.nullcontext() if each else autocast(device, dtype):
             for input_ids in blocks.split(at_once):
                 with autocast(device, dtype) if each else contextlib.nullcontext():
-                    forward_backward(model, input_ids, len(blocks))
+                    forward_backward(model, input_ids, len(input_ids) / len(blocks))
         model.zero_grad(set_to_none=True)
 
     return call

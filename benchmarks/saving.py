@@ -35,7 +35,7 @@ def measure(quick: bool) -> dict:
 
     def update() -> None:
         with autocast(device, pick_dtype("auto", device)):
-            forward_backward(model, input_ids, len(input_ids))
+            forward_backward(model, input_ids, 1.0)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -11,6 +11,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 
 import torch
@@ -21,7 +22,7 @@ from finetune_generative import forward_backward
 from utils.model.layers import use_fast_layers
 from utils.model.loading import autocast, pick_dtype
 from utils.training.forecast import choose_micro_batch
-from utils.training.optim import build_optimizer
+from utils.training.optim import StepFigures, build_optimizer, clip_gradients
 from utils.training.setup import keep_freed_memory
 
 BLOCK, BATCH, TUNED_MICRO_BATCH = 128, 64, 16
@@ -49,24 +50,37 @@ class FakeBlocks:
         return {"input_ids": self.blocks[rows]}
 
 
+def make_step(model, device: torch.device, dtype: str, batches: Sequence[torch.Tensor]) -> Callable[[int], None]:
+    """Return a function that does a step, given its number, over these batches as finetune_generative.py does it."""
+    optimizer, figures = build_optimizer(model, 5e-5, 0.01, (0.9, 0.999), 1e-8), StepFigures(device)
+    n_blocks = sum(map(len, batches))
+
+    def step(number: int) -> None:
+        mean_loss = torch.zeros((), device=device)
+        with autocast(device, dtype):
+            for batch in batches:
+                input_ids = batch.to(device, non_blocking=True)
+                mean_loss += forward_backward(model, input_ids, len(input_ids) / n_blocks)
+        figures.note(optimizer, number, mean_loss, clip_gradients(model, 1.0))
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
 def train_here(quick: bool) -> dict:
     """Do two steps as finetune_generative.py does them; return tokens per second of the second and of the roofline."""
     keep_freed_memory()
     device, model = torch.device("cpu"), build_model(quick)
-    context = functools.partial(autocast, device, pick_dtype("auto", device))
+    dtype = pick_dtype("auto", device)
     use_fast_layers(model, device)
-    optimizer = build_optimizer(model, 5e-5, 0.01, (0.9, 0.999), 1e-8)
     blocks = torch.randint(0, model.config.vocab_size, (BATCH, BLOCK))
     data = SimpleNamespace(train=FakeBlocks(blocks), block_size=BLOCK)
-    size = choose_micro_batch(model, data, context, BATCH, None)
-    for _ in range(2):
+    size = choose_micro_batch(model, data, functools.partial(autocast, device, dtype), BATCH, None)
+    step = make_step(model, device, dtype, blocks.split(size))
+    for number in range(2):
         started = time.perf_counter()
-        with context():
-            for input_ids in blocks.split(size):
-                forward_backward(model, input_ids, len(blocks))
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        step(number)
         seconds = time.perf_counter() - started
     return {"this project": blocks.numel() / seconds, ROOFLINE: roofline(model.config, size * BLOCK), "at once": size}
 

@@ -105,8 +105,8 @@ class WideBackward(torch.autograd.Function):
         return gradient.double().float()
 
 
-def widen_backward(model, input_ids, n_blocks):
-    loss = model(input_ids=input_ids, labels=input_ids, use_cache=False).loss * (len(input_ids) / n_blocks)
+def widen_backward(model, input_ids, share):
+    loss = model(input_ids=input_ids, labels=input_ids, use_cache=False).loss * share
     WideBackward.apply(loss).backward()
     return loss.detach()
 
