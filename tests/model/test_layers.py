@@ -141,8 +141,9 @@ def test_dropout_follows_the_seed_and_is_off_in_evaluation():
     assert layers.fast_dropout(values, 0.0) is values
 
 
+@pytest.mark.parametrize("dropout", [0.25, 0.0])
 @pytest.mark.parametrize(("scaling", "width"), [(None, 8), (0.3, 8), (None, 5)])
-def test_attention_is_sdpas_but_for_what_is_dropped(scaling, width, monkeypatch):
+def test_attention_is_sdpas_but_for_what_is_dropped(scaling, width, dropout, monkeypatch):
     torch.manual_seed(2)
     query, key, value = (
         torch.randn(2, 3, 10, size).transpose(1, 2).contiguous().transpose(1, 2) for size in (8, 8, width)
@@ -152,14 +153,15 @@ def test_attention_is_sdpas_but_for_what_is_dropped(scaling, width, monkeypatch)
     expected, _ = sdpa_attention_forward(module, query, key, value, None, scaling=scaling)
     drops = []
     monkeypatch.setattr(layers, "fast_dropout", lambda weights, rate: drops.append(rate) or weights)
-    found, _ = layers.fast_dropout_attention(module, query, key, value, None, dropout=0.25, scaling=scaling)
-    assert drops == [0.25]
+    found, _ = layers.fast_attention(module, query, key, value, None, dropout=dropout, scaling=scaling)
+    assert drops == [dropout]
     assert torch.allclose(found, expected, atol=1e-6)
     assert found.shape == expected.shape == (2, 10, 3, width)
 
 
-def test_attention_with_a_mask_or_without_dropout_is_left_to_sdpa(monkeypatch):
+def test_attention_that_sdpa_computes_well_or_alone_is_left_to_it(monkeypatch):
     monkeypatch.setattr(layers, "fast_dropout", None)
+    monkeypatch.setattr(layers, "SHORT", 4)
     module = torch.nn.Module()
     module.is_causal = True
     query = torch.randn(1, 2, 5, 4)
@@ -168,13 +170,16 @@ def test_attention_with_a_mask_or_without_dropout_is_left_to_sdpa(monkeypatch):
     for attention_mask, dropout, options in (
         (mask, 0.5, {}), (None, 0.0, {}), (None, 0.5, bias), (None, 0.5, {"is_causal": False}),
     ):  # fmt: skip
-        found, _ = layers.fast_dropout_attention(
-            module, query, query, query, attention_mask, dropout=dropout, **options
-        )
+        found, _ = layers.fast_attention(module, query, query, query, attention_mask, dropout=dropout, **options)
         assert found.shape == (1, 5, 2, 4)
     module.is_causal = False
     with pytest.raises(TypeError):  # what is called says more than the layer
-        layers.fast_dropout_attention(module, query, query, query, None, dropout=0.5, is_causal=True)
+        layers.fast_attention(module, query, query, query, None, dropout=0.5, is_causal=True)
+    module.is_causal = True
+    short = query[:, :, :4]
+    layers.fast_attention(module.eval(), short, short, short, None)
+    with pytest.raises(TypeError):
+        layers.fast_attention(module.train(), short, short, short, None)
 
 
 def test_a_model_in_training_attends_with_our_dropout(pair, monkeypatch):

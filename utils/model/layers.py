@@ -17,7 +17,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 # Rows of logits per pass: on a CPU their float32 copies stay in the cache; on a GPU fewer kernel launches count.
 CPU_ROWS, GPU_ROWS = 16, 2048
 ALIGNED = 64  # GPT-2's 50,257 logits per token make a GPU's matrix product several times slower than 50,304 do
-FAST_ATTENTION, CAUSAL_ATTENTION = "sdpa_fast_dropout", "sdpa_causal"
+SHORT = 256  # tokens up to which plain matrix products are faster in training than sdpa, on a CPU, in bf16
+FAST_ATTENTION, CAUSAL_ATTENTION = "sdpa_fast_training", "sdpa_causal"
 CAUSAL_FAMILIES = {"gpt2", "llama"}  # without windows and position biases: nothing but the future is hidden
 
 
@@ -84,8 +85,8 @@ def fast_dropout(values: torch.Tensor, rate: float) -> torch.Tensor:
     return values * (kept.to(values.dtype) * (2**16 / (2**16 - n_dropped)))
 
 
-def fast_dropout_attention(module, query, key, value, attention_mask, dropout=0.0, **options):
-    """Compute transformers' sdpa attention with fast_dropout; PyTorch's sdpa with dropout is slow on a CPU.
+def fast_attention(module, query, key, value, attention_mask, dropout=0.0, **options):
+    """Compute transformers' sdpa attention; on a CPU, PyTorch's is slow with dropout and backwards on short blocks.
 
     Args:
         query, key: (B, H, T, D).
@@ -97,7 +98,8 @@ def fast_dropout_attention(module, query, key, value, attention_mask, dropout=0.
     is_causal = options.get("is_causal")
     is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     is_plain = attention_mask is None and options.get("position_bias") is None and query.shape == key.shape
-    if not (dropout and is_causal and is_plain):
+    is_slow = dropout or (module.training and query.shape[2] <= SHORT)
+    if not (is_causal and is_plain and is_slow):
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, **options)
     n_tokens, width = query.shape[2:]
     q, k, v = (part.reshape(-1, n_tokens, part.shape[-1]) for part in (query, key, value))
@@ -108,7 +110,7 @@ def fast_dropout_attention(module, query, key, value, attention_mask, dropout=0.
 
 
 # A name of its own: under "sdpa" it would replace the attention of every model in the process.
-AttentionInterface.register(FAST_ATTENTION, fast_dropout_attention)
+AttentionInterface.register(FAST_ATTENTION, fast_attention)
 AttentionMaskInterface.register(FAST_ATTENTION, sdpa_mask)
 AttentionInterface.register(CAUSAL_ATTENTION, sdpa_attention_forward)  # and no mask for it
 
