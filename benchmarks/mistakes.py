@@ -28,7 +28,7 @@ import torch
 
 import finetune_generative
 import prepare_data
-from benchmarks.pages import fill_pages
+from benchmarks.pages import fill_pages, name_marker
 from tests.impostors import make_impostors
 from tests.scorer import independent_loss
 from utils.data import text as texts
@@ -408,18 +408,21 @@ def main() -> None:
             rows[mistake.title] = {"quantity": quantity, "guard": mistake.guard, **figures}
             rows = {m.title: rows[m.title] for m in MISTAKES if m.title in rows}
             RESULTS.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")  # kept, whatever comes after
-    fill_pages({"mistakes": write_table(rows)})
+    fill_pages(render())
 
 
-def write_table(rows: dict[str, dict]) -> str:
-    """Put the figures into a table for the note, on lines of its own between the markers."""
+def render() -> dict[str, str]:
+    """Return the stored figures as README and notes show them: the table of note 6, and each figure of it."""
     lines = ["", "| mistake | reported | true | with the right line: reported | true | guard |",
              "|---|---:|---:|---:|---:|---|"]  # fmt: skip
-    for title, row in rows.items():
-        figures = (f"{x:.0f}" if x.is_integer() else f"{x:.3f}" for x in (*row["wrong"], *row["right"]))
+    shown = {}
+    for title, row in json.loads(RESULTS.read_text(encoding="utf-8")).items():
+        figures = [f"{x:.0f}" if x.is_integer() else f"{x:.3f}" for x in (*row["wrong"], *row["right"])]
         path, name = row["guard"].split("::")
         lines.append(f"| {title} | {' | '.join(figures)} | `{name}` in `{path}` |")
-    return "\n".join(lines) + "\n"
+        ends = ("reported", "true", "right.reported", "right.true")
+        shown |= {f"mistakes.{name_marker(title)}.{end}": text for end, text in zip(ends, figures, strict=True)}
+    return shown | {"mistakes": "\n".join(lines) + "\n"}
 
 
 if __name__ == "__main__":

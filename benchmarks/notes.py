@@ -1,13 +1,13 @@
-"""Run the demo's three commands and put what they give into README and notes; write notes/figures.json.
+"""Run what README and notes quote, and put its figures there; notes/figures.json keeps them.
 
-python -m benchmarks.notes           run, about four minutes on two cores
-python -m benchmarks.notes --fill    only fill the pages again from figures.json, after an edit
+python -m benchmarks.notes                     the demo, two to five minutes on two cores
+python -m benchmarks.notes rates ladder        experiments by name
+python -m benchmarks.notes all --books FOLDER  the demo and all experiments, about two hours
+python -m benchmarks.notes --fill              run nothing; fill the pages from the stored figures, after an edit
 """
 
 import argparse
-import datetime
 import json
-import math
 import os
 import re
 import shutil
@@ -22,11 +22,19 @@ from typing import Any
 from PIL import Image
 from safetensors.torch import load_file
 
+from benchmarks import experiments, mistakes, run
+from benchmarks.figures import (
+    collect_run,
+    describe_commit,
+    read_figures,
+    show_lines,
+    show_origin,
+    show_run,
+    store,
+)
 from benchmarks.pages import ROOT, fill_pages
-from benchmarks.run import describe_machine
 from utils.evaluation.render import escape
 
-FIGURES = ROOT / "notes/figures.json"
 COMMANDS = ["prepare_data.py --model-name results/base_model",
             "finetune_generative.py --learning-rate 3e-4 --epochs 6",
             "generate_text.py"]  # fmt: skip
@@ -36,109 +44,6 @@ BROWSERS = ["chromium", "chromium-browser", "google-chrome"]
 WORDS = 5  # characteristic words that note 4 shows
 EXCERPT = 260  # characters
 
-LOSS, SHARE, COUNT, INTERVAL = "{:.3f}", "{:.1%}", "{:,}", "{value:.2f} [{low:.2f}, {high:.2f}]"
-FINE = "{value:.3f} [{low:.3f}, {high:.3f}]"
-COLUMNS = {"": "finetuned", "_base": "base", "_author": "reference"}  # by the ends of names
-
-
-def of_columns(name: str, form: str, path: str) -> dict[str, tuple[str, str]]:
-    """Name a figure of the fine-tuned model, the base and the author."""
-    return {f"{name}{end}": (form, path.format(column)) for end, column in COLUMNS.items()}
-
-
-# Name: how it is shown, and where the run has it (a file, then keys).
-NAMED = {
-    "parameters": ("{:.1f} million", "run.parameters"),
-    "seconds": ("{:.0f} s", "run.seconds"),
-    "words": (COUNT, "manifest.books.0.words"),
-    "blocks": (COUNT, "manifest.splits.train.blocks"),
-    "validation_blocks": (COUNT, "manifest.splits.validation.blocks"),
-    "validation_ngrams": (COUNT, "manifest.leakage.validation_ngrams"),
-    "leaked_ngrams": (COUNT, "manifest.leakage.leaked_ngrams"),
-    "steps_per_epoch": (COUNT, "run.steps_per_epoch"),
-    "epochs": ("{:g}", "config.settings.epochs"),
-    "steps": (COUNT, "results.max_steps"),
-    "best_step": (COUNT, "results.best_step"),
-    "train_seconds": ("{:.0f} s", "results.train_runtime"),
-    "loss": (LOSS, "results.eval_loss"),
-    "loss_base": (LOSS, "results.base_eval_loss"),
-    "perplexity": ("{:.1f}", "results.perplexity"),
-    "perplexity_base": ("{:.1f}", "results.base_perplexity"),
-    "bits": (LOSS, "report.scores.book.finetuned.eval/bits_per_byte"),
-    "bits_base": (LOSS, "report.scores.book.base.eval/bits_per_byte"),
-    "bits_general": (LOSS, "report.scores.control.finetuned.eval/bits_per_byte"),
-    "bits_general_base": (LOSS, "report.scores.control.base.eval/bits_per_byte"),
-    "gain": (FINE, "report.book_gain"),
-    "gain_general": (FINE, "report.control_gain"),
-    "style_gain": (FINE, "report.style_gain"),
-    "forgetting": ("{value:.1f} % [{low:.1f}, {high:.1f}]", "report.forgetting"),
-    "forgetting_value": ("{value:.1f} %", "report.forgetting"),
-    **of_columns("delta", FINE, "report.delta.{}"),
-    **of_columns("delta_value", "{value:.3f}", "report.delta.{}"),
-    **of_columns("unknown", SHARE, "report.unknown_words.{}"),
-    **of_columns("auc", INTERVAL, "report.reader_auc.{}"),
-    **of_columns("auc_value", "{value:.2f}", "report.reader_auc.{}"),
-    "gap_words": (INTERVAL, "report.parts.finetuned.words"),
-    "gap_spelling": (INTERVAL, "report.parts.finetuned.spelling"),
-    "gap_sense": (INTERVAL, "report.parts.finetuned.sense"),
-    "gap": (INTERVAL, "report.gap_closed.finetuned"),
-    **of_columns("copied_8", SHARE, "report.copy_rate.{}.8"),
-    **of_columns("copied_16", SHARE, "report.copy_rate.{}.16"),
-    **of_columns("copied_32", SHARE, "report.copy_rate.{}.32"),
-    **of_columns("longest_copy", COUNT, "report.longest_copy.{}.tokens"),
-    **of_columns("covered", SHARE, "report.coverage.{}.covered"),
-    **of_columns("repeated", SHARE, "report.repetition.{}.repeated_4grams"),
-    **of_columns("loops", SHARE, "report.repetition.{}.loops"),
-    "extracted": ("{:.0%}", "report.extraction.finetuned.train.exact_match"),
-    "extraction_blocks": (COUNT, "report.extraction.finetuned.train.prefixes"),
-    "extractable": ("{:.0%}", "report.extraction.finetuned.train.extractable.10000"),
-    "log_prob": ("{:.2f}", "report.extraction.finetuned.train.mean_log_prob"),
-    "log_prob_base": ("{:.2f}", "report.extraction.base.train.mean_log_prob"),
-    "log_prob_validation": ("{:.2f}", "report.extraction.finetuned.validation.mean_log_prob"),
-    "log_prob_validation_base": ("{:.2f}", "report.extraction.base.validation.mean_log_prob"),
-    "samples": (COUNT, "report.counts.texts.finetuned"),
-}
-# Tables of these figures.
-TABLES = {
-    "table_likelihood": """
-| bits per byte | base | fine-tuned | gain |
-|---|---:|---:|---:|
-| validation text of the book | {bits_base} | {bits} | {gain} |
-| general text | {bits_general_base} | {bits_general} | {gain_general} |
-| style gain: the difference of the gains | | | {style_gain} |
-| forgetting: more bits for general text | | | {forgetting} |
-""",
-    "table_parts": """
-| part | measure | base | fine-tuned | author (reference) | gap closed |
-|---|---|---:|---:|---:|---:|
-| words | Burrows' Delta | {delta_base} | {delta} | {delta_author} | {gap_words} |
-| spelling | unknown words | {unknown_base} | {unknown} | {unknown_author} | {gap_spelling} |
-| sense | reader's AUC | {auc_base} | {auc} | {auc_author} | {gap_sense} |
-""",
-    "table_copying": """
-| | base | fine-tuned | author (reference) |
-|---|---:|---:|---:|
-| tokens in n-grams of 8 or more shared with training | {copied_8_base} | {copied_8} | {copied_8_author} |
-| of 16 or more | {copied_16_base} | {copied_16} | {copied_16_author} |
-| of 32 or more | {copied_32_base} | {copied_32} | {copied_32_author} |
-| longest copied span, tokens | {longest_copy_base} | {longest_copy} | {longest_copy_author} |
-| book covered by all samples, share of its words | {covered_base} | {covered} | {covered_author} |
-""",
-    "table_extraction": """
-| | base | fine-tuned |
-|---|---:|---:|
-| training blocks continued verbatim, of {extraction_blocks} | | {extracted} |
-| extractable with 10,000 samples | | {extractable} |
-| mean log probability on training blocks, nats per token | {log_prob_base} | {log_prob} |
-| on validation blocks | {log_prob_validation_base} | {log_prob_validation} |
-""",
-    "table_repetition": """
-| | base | fine-tuned | author (reference) |
-|---|---:|---:|---:|
-| repeated 4-grams within a sample | {repeated_base} | {repeated} | {repeated_author} |
-| samples that end in a loop | {loops_base} | {loops} | {loops_author} |
-""",
-}
 # Beginnings of the printed lines that the README shows.
 PRINTED = ["prepared ", "text  ", "tokens  ", "training  ", "step 0:", "step {best_step}:", "validation loss ",
            "base  fine-tuned", "validation text: ", "general text: ", "unknown words", "reader's AUC", "gap closed  ",
@@ -158,32 +63,18 @@ def run_demo(folder: Path) -> tuple[str, float]:
     return printed, time.perf_counter() - started
 
 
-def look_up(tree: Any, path: str) -> Any:
-    """Return the value at a path of keys joined by dots, None where the run did not measure it."""
-    for key in path.split("."):
-        tree = tree[int(key)] if isinstance(tree, list) else (tree or {}).get(key)
-    return tree
-
-
 def collect(folder: Path, printed: str, seconds: float) -> dict[str, Any]:
     """Return the demo's figures by name: numbers, intervals, and texts as lists of lines."""
-    files = {"manifest": f"{BLOCKS}/manifest.json", "results": f"{FINETUNED}/all_results.json",
-             "report": f"{FINETUNED}/report.json", "config": f"{FINETUNED}/run_config.json"}  # fmt: skip
-    run = {name: json.loads((folder / path).read_text(encoding="utf-8")) for name, path in files.items()}
-    report = run["report"]
-    for column, (low, high) in report.get("intervals", {}).get("delta", {}).items():
-        report["delta"][column] = {"value": report["delta"][column], "low": low, "high": high}
-    per_epoch = math.ceil(run["manifest"]["splits"]["train"]["blocks"] / run["config"]["settings"]["batch_size"])
+    data, model = folder / BLOCKS, folder / FINETUNED
     parameters = sum(weight.numel() for weight in load_file(folder / "results/base_model/model.safetensors").values())
-    run["run"] = {"seconds": seconds, "parameters": parameters / 1e6, "steps_per_epoch": per_epoch}
-    figures = {name: look_up(run, path) for name, (_, path) in NAMED.items()}
-    texts = {
+    figures = collect_run(data, model, seconds=seconds, parameters=parameters / 1e6)
+    report = json.loads((model / "report.json").read_text(encoding="utf-8"))
+    return figures | {
         "printed": select_printed(printed, report["verdict"], figures["best_step"]),
         "verdict": "\n>\n".join(f"> {escape(sentence)}" for sentence in report["verdict"]).split("\n"),
         "excerpts": list_excerpts(report["texts"]),
         "characteristic": list_words(report.get("words") or []),
     }
-    return {f"demo.{name}": value for name, value in {**figures, **texts}.items()}
 
 
 def select_printed(printed: str, verdict: list[str], best_step: int) -> list[str]:
@@ -233,27 +124,6 @@ def list_words(rows: list[dict]) -> list[str]:
                     for row in rows[:WORDS]]  # fmt: skip
 
 
-def show(form: str, value: Any) -> str:
-    """Return a figure as the pages show it."""
-    if value is None:
-        return "not measured"
-    text = form.format(**value) if isinstance(value, dict) else form.format(value)
-    return re.sub(r"(?<=\d)%", " %", text)
-
-
-def render(stored: dict) -> dict[str, str]:
-    """Return what stands between the markers, by name, from the content of figures.json."""
-    machine, date = stored["machine"], datetime.date.fromisoformat(stored["date"])
-    shown = {"commit": stored["commit"], "date": f"{date.day} {date:%B %Y}",
-             "machine": f"{machine['processor']}, {machine['cores']} cores"}  # fmt: skip
-    figures = stored["figures"]
-    shown |= {f"demo.{name}": show(form, figures[f"demo.{name}"]) for name, (form, _) in NAMED.items()}
-    shown |= {name: "\n" + "\n".join(value) + "\n" for name, value in figures.items() if isinstance(value, list)}
-    for name, table in TABLES.items():
-        shown[f"demo.{name}"] = re.sub(r"\{(\w+)\}", lambda found: shown[f"demo.{found[1]}"], table)
-    return shown
-
-
 def take_pictures(folder: Path) -> None:
     """Put the loss curve into the notes, and the first screen of the report where there is a browser."""
     browser = next(filter(None, map(shutil.which, BROWSERS)), None)
@@ -269,26 +139,49 @@ def take_pictures(folder: Path) -> None:
         Image.open(picture).convert("RGB").quantize(128).save(ROOT / "notes" / picture.name, optimize=True)
 
 
-def describe_commit() -> str:
-    """Return the commit whose code ran, marked if the working tree differs from it."""
-    told = subprocess.run(["git", "describe", "--always", "--abbrev=10", "--dirty", "--exclude=*"], cwd=ROOT,
-                          capture_output=True, text=True)  # fmt: skip
-    return told.stdout.strip() or "unknown"
+def show_demo(figures: dict[str, Any]) -> dict[str, str]:
+    """Return the demo's figures, tables and texts as the pages show them."""
+    return show_run(figures) | {name: show_lines(value) for name, value in figures.items() if isinstance(value, list)}
+
+
+def render() -> dict[str, str]:
+    """Return what stands between all markers, by name."""
+    contents = run.render() | mistakes.render()
+    for name, group in read_figures().items():
+        show = show_demo if name == "demo" else experiments.EXPERIMENTS[name][1]
+        shown = show_origin(group) | show(group["figures"])
+        contents |= {f"{name}.{marker}": content for marker, content in shown.items()}
+    return contents
+
+
+def run_experiment(name: str, folder: Path, books: list[Path]) -> None:
+    """Run the demo or an experiment, and store its figures."""
+    commit = describe_commit()  # before the run changes a page
+    if name == "demo":
+        printed, seconds = run_demo(folder / name)
+        figures = collect(folder / name, printed, seconds)
+        take_pictures(folder / name)
+    else:
+        figures = experiments.EXPERIMENTS[name][0](folder, books)
+    store(name, commit, figures)
+    fill_pages(render())
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--fill", action="store_true", help="run nothing; fill the pages from figures.json")
-    if not parser.parse_args().fill:
-        commit, machine = describe_commit(), describe_machine()
-        with tempfile.TemporaryDirectory() as name:
-            printed, seconds = run_demo(Path(name))
-            figures = collect(Path(name), printed, seconds)
-            take_pictures(Path(name))
-        stored = {"commit": commit, "date": datetime.date.today().isoformat(), "machine": machine,
-                  "versions": machine.pop("versions"), "figures": figures}  # fmt: skip
-        FIGURES.write_text(json.dumps(stored, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    fill_pages(render(json.loads(FIGURES.read_text(encoding="utf-8"))))
+    names = ["demo", *experiments.EXPERIMENTS]
+    parser.add_argument(
+        "names", nargs="*", choices=[*names, "all", []], metavar="NAME", help=", ".join([*names, "all"])
+    )
+    parser.add_argument("--books", type=Path, metavar="FOLDER", help="further books: " + ", ".join(
+        f"{name}.txt" for name in experiments.TITLES if name != "book"))  # fmt: skip
+    parser.add_argument("--fill", action="store_true", help="run nothing; fill the pages from the stored figures")
+    args = parser.parse_args()
+    books = sorted(args.books.glob("*.txt")) if args.books else []
+    with tempfile.TemporaryDirectory() as folder:
+        for name in [] if args.fill else names if "all" in args.names else args.names or ["demo"]:
+            run_experiment(name, Path(folder), books)
+    fill_pages(render())
 
 
 if __name__ == "__main__":

@@ -15,6 +15,11 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "notes").glob("*.md"))]
 MARKED = re.compile(r"<!-- =([\w.]+) -->(.*?)<!-- / -->", re.DOTALL)
 
 
+def name_marker(title: str) -> str:
+    """Return a title as the name of a marker. Example: "this project, bf16" -> "this_project_bf16"."""
+    return "_".join(re.findall(r"\w+", title))
+
+
 def fill(text: str, contents: dict[str, str]) -> str:
     """Return a page with the contents between the markers of their names; other markers keep what they have."""
     return MARKED.sub(lambda found: f"<!-- ={found[1]} -->{contents.get(found[1], found[2])}<!-- / -->", text)

@@ -15,7 +15,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from benchmarks.pages import fill_pages
+from benchmarks.pages import fill_pages, name_marker
 
 HERE = Path(__file__).parent
 NAMES = ["training", "levers", "generation", "preparation", "startup", "saving", "forecast", "growth"]
@@ -57,9 +57,23 @@ def list_targets(results: dict) -> list[str]:
     return lines
 
 
-def write_targets(results: dict) -> str:
-    """Put that table into what stands between the markers in the README."""
-    return "\n" + "\n".join(list_targets(results)) + "\n"
+def render() -> dict[str, str]:
+    """Return the stored figures as README and notes show them: the table of targets, medians, and those of the GPU."""
+    results, gpu = (json.loads((HERE / name).read_text()) for name in ("results.json", "gpu.json"))
+    shown = {"benchmarks": "\n" + "\n".join(list_targets(results)) + "\n"}
+    medians = {name: {variant: statistics.median(values) for variant, values in result["values"].items()}
+               for name, result in results["benchmarks"].items()}  # fmt: skip
+    medians["gpu_generation"] = gpu["generation_tokens_per_second"]
+    for name, variants in medians.items():
+        shown |= {f"{name}.{name_marker(variant)}": describe(value) for variant, value in variants.items()}
+    best = medians["levers"]["all means"]
+    shown |= {f"levers.{name_marker(variant)}.gain": f"{best / value - 1:.0%}".replace("%", " %")
+              for variant, value in medians["levers"].items()}  # fmt: skip
+    for variant, sizes in gpu["training"].items():
+        for block_size, of in sizes.items():
+            name = f"gpu.{name_marker(variant)}.{block_size}"
+            shown |= {name: describe(of["tokens_per_second"]), f"{name}.mfu": f"{of['mfu']:.1%}".replace("%", " %")}
+    return shown | {"gpu.product": f"{gpu['measured_flops'] / gpu['peak_flops']:.0%}".replace("%", " %")}
 
 
 def list_gpu() -> list[str]:
@@ -127,7 +141,7 @@ def main() -> None:
         if not args.quick:  # what is measured is kept, whatever comes after
             path.write_text(json.dumps(results, indent=2) + "\n")
             (HERE / "README.md").write_text(write_page(results))
-            fill_pages({"benchmarks": write_targets(results)})
+            fill_pages(render())
     print(write_page(results))
 
 

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from benchmarks import mistakes
-from benchmarks.mistakes import MISTAKES, NOTE, RESULTS, ROOT, Lab, write_table
+from benchmarks.mistakes import MISTAKES, NOTE, RESULTS, ROOT, Lab, render
 
 # Their difference needs text that can be learned, or time; test_finetune_generative.py resumes.
 LARGE = {mistakes.loss_of_new_pages, mistakes.loss_of_the_whole_book, mistakes.gap_between_tokenizers,
@@ -40,7 +40,7 @@ def test_the_note_has_the_figures_of_the_last_run():
     for mistake in MISTAKES:
         check(mistake, STORED[mistake.title])
         assert STORED[mistake.title]["guard"] == mistake.guard
-    assert write_table(STORED) in NOTE.read_text(encoding="utf-8")
+    assert render()["mistakes"] in NOTE.read_text(encoding="utf-8")
 
 
 def test_the_lines_and_the_guards_exist():

@@ -3,16 +3,14 @@
 python -m tests.test_notes    count the numbers of the sections that are still written by hand
 """
 
-import json
 import re
 
 import pytest
 
-from benchmarks import mistakes, notes
+from benchmarks import figures, notes
 from benchmarks.pages import MARKED, PAGES, ROOT, fill
-from benchmarks.run import write_targets
 
-STORED = json.loads(notes.FIGURES.read_text(encoding="utf-8"))
+STORED = figures.read_figures()
 NAMES = [page.name for page in PAGES]
 NUMBER = re.compile(r"(?<![\w.-])-?\d(?:[\d,.]*\d)?(?:e-?\d+)?")
 # What is no figure of a page: markers with their content, code, targets of links, numbers of notes, flags, lists.
@@ -90,9 +88,7 @@ def find_numbers(page):
 
 @pytest.fixture(scope="module")
 def contents():
-    results = json.loads((ROOT / "benchmarks/results.json").read_text(encoding="utf-8"))
-    rows = json.loads(mistakes.RESULTS.read_text(encoding="utf-8"))
-    return notes.render(STORED) | {"benchmarks": write_targets(results), "mistakes": mistakes.write_table(rows)}
+    return notes.render()
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -132,19 +128,19 @@ def test_filling_changes_what_stands_between_markers_alone():
 
 
 def test_a_figure_is_shown_in_one_form():
-    assert notes.show("{:.1%}", 0.1143) == "11.4 %"
-    assert notes.show(notes.INTERVAL, {"value": 0.344, "low": 0.17, "high": 0.65}) == "0.34 [0.17, 0.65]"
-    assert notes.show("{:.3f}", None) == "not measured"
-    assert notes.look_up({"a": [{"b": 3}]}, "a.0.b") == 3
-    assert notes.look_up({"a": None}, "a.b") is None
+    assert figures.show("{:.1%}", 0.1143) == "11.4 %"
+    assert figures.show(figures.INTERVAL, {"value": 0.344, "low": 0.17, "high": 0.65}) == "0.34 [0.17, 0.65]"
+    assert figures.show("{:.3f}", None) == "not measured"
+    assert figures.look_up({"a": [{"b": 3}]}, "a.0.b") == 3
+    assert figures.look_up({"a": None}, "a.b") is None
 
 
 def test_the_figures_are_those_of_the_demo():
     makefile = read_commands((ROOT / "Makefile").read_text(encoding="utf-8").replace("$(BASE)", "results/base_model"))
     assert makefile == notes.COMMANDS
     assert set(notes.COMMANDS) <= {line.removeprefix(".venv/bin/python ") for line in read("README.md").split("\n    ")}
-    texts = {name for name, value in STORED["figures"].items() if isinstance(value, list)}
-    assert {*STORED["figures"]} == {f"demo.{name}" for name in notes.NAMED} | texts
+    demo = STORED["demo"]["figures"]
+    assert {*demo} == {*figures.NAMED} | {name for name, value in demo.items() if isinstance(value, list)}
 
 
 def read_commands(makefile):

@@ -1,0 +1,201 @@
+"""The longer experiments of README and notes: each trains and measures with the scripts, as a user does.
+
+An experiment is two functions: one runs it in a folder, on the sample book and further ones, and returns its figures;
+the other returns them as the pages show them. benchmarks/notes.py runs them by name and stores the figures.
+"""
+
+import functools
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from benchmarks.figures import COUNT, LOSS, SHARE, collect_run, make_table, show, show_lines, show_run
+from benchmarks.pages import ROOT, name_marker
+
+BASE, SAMPLE = ROOT / "results/base_model", ROOT / "results/data/book.txt"
+TITLES = {"book": "The Log of Skerrow Light", "a_christmas_carol": "A Christmas Carol",
+          "tinyshakespeare": "Tiny Shakespeare"}  # fmt: skip
+EPOCHS = {"book": 6, "a_christmas_carol": 3, "tinyshakespeare": 1}  # of other books: 3
+LEARNING_RATE = 3e-4
+RATES, RANK_RATES, RANKS, RANK_RATE = (1e-4, 3e-4, 1e-3, 3e-3), (1e-3, 3e-3, 1e-2), (4, 16, 64), 3e-3
+DECODINGS = {  # as note 4 names them: flags
+    "temperature 0.8, top-k 50, top-p 0.95": ["--temperature", 0.8, "--top-k", 50, "--top-p", 0.95],
+    "temperature 0.8": ["--temperature", 0.8],
+    "temperature 0.9, top-p 0.95": ["--temperature", 0.9, "--top-p", 0.95],
+    "**temperature 0.9**": [],
+    "temperature 1, top-p 0.95": ["--temperature", 1, "--top-p", 0.95],
+    "temperature 1": ["--temperature", 1],
+}
+LONG = 2000  # tokens per sample
+
+
+def run_script(name: str, *flags: Any) -> None:
+    """Run one of the three scripts, and print its command."""
+    command = [f"{name}.py", *map(str, flags)]
+    print("$ python", " ".join(command).replace(f"{ROOT}/", ""), flush=True)
+    subprocess.run([sys.executable, ROOT / command[0], *command[1:]], check=True, stdout=subprocess.DEVNULL)
+
+
+@functools.cache
+def prepare(folder: Path, book: Path) -> Path:
+    """Prepare a book for the embedded base model; return the data folder."""
+    data = folder / book.stem / "blocks"
+    run_script("prepare_data", "--input-path", book, "--model-name", BASE, "--output-dir", data)
+    return data
+
+
+@functools.cache
+def train(folder: Path, book: Path, *flags: Any, learning_rate: float = LEARNING_RATE) -> Path:
+    """Fine-tune the embedded base model on a book, evaluated once per epoch; return the output folder."""
+    data = prepare(folder, book)
+    model = folder / book.stem / name_marker(f"{learning_rate} {flags}")
+    per_epoch = math.ceil(read(data / "manifest.json")["splits"]["train"]["blocks"] / 8)
+    run_script("finetune_generative", "--data-dir", data, "--output-dir", model, "--learning-rate", learning_rate,
+               "--epochs", EPOCHS.get(book.stem, 3), "--eval-every", per_epoch, *flags)  # fmt: skip
+    return model
+
+
+def compare(folder: Path, book: Path, model: Path, *flags: Any) -> dict[str, Any]:
+    """Let generate_text.py measure a model; return the figures of the run."""
+    run_script("generate_text", "--finetuned-model", model, *flags)
+    return collect_run(prepare(folder, book), model)
+
+
+def read(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def list_losses(model: Path) -> list[float]:
+    """Return the validation losses of a run, the base model's first."""
+    rows = map(json.loads, (model / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+    return [row["eval/loss"] for row in rows if "eval/loss" in row]
+
+
+def run_books(folder: Path, books: list[Path]) -> dict[str, Any]:
+    return {book.stem: compare(folder, book, train(folder, book)) for book in books}
+
+
+def show_books(figures: dict[str, Any]) -> dict[str, str]:
+    return {f"{book}.{name}": text for book, run in figures.items() for name, text in show_run(run).items()}
+
+
+def run_rates(folder: Path, _books: list[Path]) -> dict[str, Any]:
+    return {f"{rate:g}": list_losses(train(folder, SAMPLE, learning_rate=rate)) for rate in RATES}
+
+
+def show_rates(figures: dict[str, Any]) -> dict[str, str]:
+    shown = {f"{name_marker(rate)}.best": show(LOSS, min(losses)) for rate, losses in figures.items()}
+    rows = [[rate, *(show(LOSS, loss).join(["**"] * 2 if loss == min(losses) else ["", ""]) for loss in losses[1:])]
+            for rate, losses in figures.items()]  # fmt: skip
+    epochs = " | ".join(f">{n}" for n in range(1, len(rows[0])))
+    return shown | {"table": make_table(f"learning rate | {epochs}", rows)}
+
+
+def run_decodings(folder: Path, books: list[Path]) -> dict[str, Any]:
+    return {book.stem: {decoding: compare(folder, book, train(folder, book), *flags)
+                        for decoding, flags in DECODINGS.items()} for book in (SAMPLE, *books)}  # fmt: skip
+
+
+def show_decodings(figures: dict[str, Any]) -> dict[str, str]:
+    def cell(run: dict[str, str], end: str = "") -> str:
+        return f"{run['auc_value' + end]} / {run['unknown' + end]} / {run['delta_value' + end]}"
+
+    runs = {
+        book: {decoding: show_run(run) for decoding, run in by_decoding.items()}
+        for book, by_decoding in figures.items()
+    }
+    rows = [[decoding, *(cell(of[decoding]) for of in runs.values())] for decoding in DECODINGS]
+    rows.append(["the author", *(cell(next(iter(of.values())), "_author") for of in runs.values())])
+    return {"table": make_table(" | ".join(["decoding", *(TITLES.get(book, book) for book in runs)]), rows)}
+
+
+def run_lora(folder: Path, books: list[Path]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for book in (SAMPLE, *books):
+        rank = functools.partial(train, folder, book, "--lora-rank")
+        rates = {f"{rate:g}": min(list_losses(rank(16, learning_rate=rate))) for rate in RANK_RATES}
+        models = {"all weights": train(folder, book)} | {f"rank {n}": rank(n, learning_rate=RANK_RATE) for n in RANKS}
+        found[book.stem] = {"rates": rates, "runs": {
+            name: compare(folder, book, model) | {"bytes": count_bytes(model)} for name, model in models.items()
+        }}  # fmt: skip
+    return found
+
+
+def count_bytes(model: Path) -> list[int]:
+    """Return the sizes of the adapter, or of the model without one, and of a checkpoint."""
+    newest = max(model.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    weights = model / "adapter" if (model / "adapter").is_dir() else model
+    return [sum(path.stat().st_size for path in place.glob("*.safetensors") if "ngrams" not in path.name)
+            for place in (weights, newest)]  # fmt: skip
+
+
+def show_lora(figures: dict[str, Any]) -> dict[str, str]:
+    rates = [[TITLES[book], show(LOSS, of["runs"]["all weights"]["loss"]),
+              *(show(LOSS, loss) for loss in of["rates"].values())] for book, of in figures.items()]  # fmt: skip
+    rows, lost = [], []
+    for book, of in figures.items():
+        for name, run in of["runs"].items():
+            shown = show_run(run)
+            rows.append([TITLES[book], name, *(f"{size / 1e6:.1f}" for size in run["bytes"]),
+                         *(shown[key] for key in ("loss", "style_gain", "gap", "auc_value", "copied_8", "unknown",
+                                                  "forgetting_value"))])  # fmt: skip
+            lost.append(run["loss"] - of["runs"]["all weights"]["loss"])
+    lost = [loss for loss in lost if loss]
+    return {
+        "rates": make_table(f"book | >all weights, {LEARNING_RATE:g} | "
+                            + " | ".join(f">rank 16, {rate}" for rate in figures["book"]["rates"]), rates),
+        "table": make_table("book | trained | >file, MB | >checkpoint, MB | >loss | style gain | gap closed | "
+                            ">reader's AUC | >n-gram overlap | >unknown words | >forgetting", rows),
+        "least": f"{min(lost):.2f}", "most": f"{max(lost):.2f}",
+    }  # fmt: skip
+
+
+def run_long(folder: Path, _books: list[Path]) -> dict[str, Any]:
+    model = train(folder, SAMPLE)
+    run_script("generate_text", "--finetuned-model", model, "--max-new-tokens", LONG)
+    report = read(model / "report.json")
+    quarters = {name: report["by_quarter"][name] for name in ("finetuned", "reference")}
+    return {"samples": report["counts"]["texts"]["finetuned"], **quarters}
+
+
+def show_long(figures: dict[str, Any]) -> dict[str, str]:
+    rows = [[f"{what}: {who}", *(show(SHARE, share) for share in figures[column][key])]
+            for key, what in (("copy_rate", "tokens in n-grams of 8 or more"), ("repeated_4grams", "repeated 4-grams"))
+            for column, who in (("finetuned", "fine-tuned"), ("reference", "author (reference)"))]  # fmt: skip
+    return {"samples": show(COUNT, figures["samples"]),
+            "table": make_table(" | ".join(["", *(f">quarter {n}" for n in range(1, 5))]), rows)}  # fmt: skip
+
+
+def run_ladder(folder: Path, books: list[Path]) -> dict[str, Any]:
+    for book in books:
+        (folder / "books").mkdir(exist_ok=True)
+        shutil.copy(book, folder / "books")
+    flags = ["--books", folder / "books"] if books else []
+    printed = subprocess.run([sys.executable, "-m", "pytest", "-q", "-s", "-m", "slow", "tests/test_ladder.py", *flags],
+                             cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout  # fmt: skip
+    tables: dict[str, list[str]] = {}
+    for line in printed.splitlines():
+        if named := re.match(r"(\w+), read by ", line):
+            tables[named[1]] = []
+        elif line.startswith("| ") or line.startswith("|--"):
+            next(reversed(tables.values())).append(line)
+    return tables
+
+
+def show_ladder(figures: dict[str, list[str]]) -> dict[str, str]:
+    return {book: re.sub(r"(?<=\d)%", " %", show_lines(lines)) for book, lines in figures.items()}
+
+
+EXPERIMENTS = {
+    "books": (run_books, show_books),
+    "rates": (run_rates, show_rates),
+    "decodings": (run_decodings, show_decodings),
+    "lora": (run_lora, show_lora),
+    "long": (run_long, show_long),
+    "ladder": (run_ladder, show_ladder),
+}
