@@ -1,4 +1,4 @@
-# make demo · make test · make lint · make notes · make mistakes · make bench · make bench-gpu · make soak
+# make demo · make test · make lint · make notes · make notes-long · make mistakes · make bench · make bench-gpu · make soak
 # PYTHON=python3.12 make demo picks another Python.
 PYTHON ?= python3
 BIN := .venv/bin
@@ -6,7 +6,7 @@ READY := .venv/.installed
 BASE := results/base_model
 FINETUNED := results/checkpoints/finetuned_model
 
-.PHONY: demo test soak notes mistakes bench bench-gpu lint clean
+.PHONY: demo test soak notes notes-long mistakes bench bench-gpu lint clean
 
 demo: $(READY)
 	$(BIN)/python prepare_data.py --model-name $(BASE)
@@ -36,6 +36,10 @@ soak: $(READY)
 # About four minutes on 2 cores: runs the demo in a folder of its own and fills its figures into README and notes.
 notes: $(READY)
 	$(BIN)/python -m benchmarks.notes
+
+# An hour or two: the longer experiments. BOOKS=folder has a_christmas_carol.txt and tinyshakespeare.txt.
+notes-long: $(READY)
+	$(BIN)/python -m benchmarks.notes books rates decodings lora long ladder scale --books $(BOOKS)
 
 # About five minutes on 2 cores; fills the table of notes/06_classic_mistakes.md.
 mistakes: $(READY)

@@ -12,17 +12,19 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from benchmarks.figures import COUNT, LOSS, SHARE, collect_run, make_table, show, show_lines, show_run
+from benchmarks.figures import COUNT, LOSS, SHARE, collect_run, list_excerpts, make_table, show, show_lines, show_run
 from benchmarks.pages import ROOT, name_marker
+from benchmarks.scale import run_scale, show_scale
 
 BASE, SAMPLE = ROOT / "results/base_model", ROOT / "results/data/book.txt"
 TITLES = {"book": "The Log of Skerrow Light", "a_christmas_carol": "A Christmas Carol",
           "tinyshakespeare": "Tiny Shakespeare"}  # fmt: skip
 EPOCHS = {"book": 6, "a_christmas_carol": 3, "tinyshakespeare": 1}  # of other books: 3
-LEARNING_RATE = 3e-4
-RATES, RANK_RATES, RANKS, RANK_RATE = (1e-4, 3e-4, 1e-3, 3e-3), (1e-3, 3e-3, 1e-2), (4, 16, 64), 3e-3
+LEARNING_RATE = "3e-4"
+RATES, RANK_RATES = ("1e-4", "3e-4", "1e-3", "3e-3"), ("1e-3", "3e-3", "1e-2")
+RANKS, RANK_RATE = (4, 16, 64), "3e-3"
 DECODINGS = {  # as note 4 names them: flags
     "temperature 0.8, top-k 50, top-p 0.95": ["--temperature", 0.8, "--top-k", 50, "--top-p", 0.95],
     "temperature 0.8": ["--temperature", 0.8],
@@ -32,6 +34,21 @@ DECODINGS = {  # as note 4 names them: flags
     "temperature 1": ["--temperature", 1],
 }
 LONG = 2000  # tokens per sample
+HELD_OUT = [
+    "arthur_conan_doyle_the_adventure_of_the_missing_three_quarter",
+    "edward_bellamy_looking_backward",
+    "honor_de_balzac_colonel_chabert",
+    "lucy_maud_montgomery_anne_of_avonlea",
+    "theodore_dreiser_sister_carrie",
+]  # books of the corpus that the embedded base model was not trained on
+
+
+class Inputs(NamedTuple):
+    """What the project does not contain: further books, a corpus of books, a larger pre-trained model."""
+
+    books: list[Path]
+    corpus: Path | None = None
+    model: Path | None = None
 
 
 def run_script(name: str, *flags: Any) -> None:
@@ -50,7 +67,7 @@ def prepare(folder: Path, book: Path) -> Path:
 
 
 @functools.cache
-def train(folder: Path, book: Path, *flags: Any, learning_rate: float = LEARNING_RATE) -> Path:
+def train(folder: Path, book: Path, *flags: Any, learning_rate: str = LEARNING_RATE) -> Path:
     """Fine-tune the embedded base model on a book, evaluated once per epoch; return the output folder."""
     data = prepare(folder, book)
     model = folder / book.stem / name_marker(f"{learning_rate} {flags}")
@@ -76,16 +93,16 @@ def list_losses(model: Path) -> list[float]:
     return [row["eval/loss"] for row in rows if "eval/loss" in row]
 
 
-def run_books(folder: Path, books: list[Path]) -> dict[str, Any]:
-    return {book.stem: compare(folder, book, train(folder, book)) for book in books}
+def run_books(folder: Path, inputs: Inputs) -> dict[str, Any]:
+    return {book.stem: compare(folder, book, train(folder, book)) for book in inputs.books}
 
 
 def show_books(figures: dict[str, Any]) -> dict[str, str]:
     return {f"{book}.{name}": text for book, run in figures.items() for name, text in show_run(run).items()}
 
 
-def run_rates(folder: Path, _books: list[Path]) -> dict[str, Any]:
-    return {f"{rate:g}": list_losses(train(folder, SAMPLE, learning_rate=rate)) for rate in RATES}
+def run_rates(folder: Path, _inputs: Inputs) -> dict[str, Any]:
+    return {rate: list_losses(train(folder, SAMPLE, learning_rate=rate)) for rate in RATES}
 
 
 def show_rates(figures: dict[str, Any]) -> dict[str, str]:
@@ -96,9 +113,9 @@ def show_rates(figures: dict[str, Any]) -> dict[str, str]:
     return shown | {"table": make_table(f"learning rate | {epochs}", rows)}
 
 
-def run_decodings(folder: Path, books: list[Path]) -> dict[str, Any]:
+def run_decodings(folder: Path, inputs: Inputs) -> dict[str, Any]:
     return {book.stem: {decoding: compare(folder, book, train(folder, book), *flags)
-                        for decoding, flags in DECODINGS.items()} for book in (SAMPLE, *books)}  # fmt: skip
+                        for decoding, flags in DECODINGS.items()} for book in (SAMPLE, *inputs.books)}  # fmt: skip
 
 
 def show_decodings(figures: dict[str, Any]) -> dict[str, str]:
@@ -114,11 +131,11 @@ def show_decodings(figures: dict[str, Any]) -> dict[str, str]:
     return {"table": make_table(" | ".join(["decoding", *(TITLES.get(book, book) for book in runs)]), rows)}
 
 
-def run_lora(folder: Path, books: list[Path]) -> dict[str, Any]:
+def run_lora(folder: Path, inputs: Inputs) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    for book in (SAMPLE, *books):
+    for book in (SAMPLE, *inputs.books[:1]):
         rank = functools.partial(train, folder, book, "--lora-rank")
-        rates = {f"{rate:g}": min(list_losses(rank(16, learning_rate=rate))) for rate in RANK_RATES}
+        rates = {rate: min(list_losses(rank(16, learning_rate=rate))) for rate in RANK_RATES}
         models = {"all weights": train(folder, book)} | {f"rank {n}": rank(n, learning_rate=RANK_RATE) for n in RANKS}
         found[book.stem] = {"rates": rates, "runs": {
             name: compare(folder, book, model) | {"bytes": count_bytes(model)} for name, model in models.items()
@@ -147,7 +164,7 @@ def show_lora(figures: dict[str, Any]) -> dict[str, str]:
             lost.append(run["loss"] - of["runs"]["all weights"]["loss"])
     lost = [loss for loss in lost if loss]
     return {
-        "rates": make_table(f"book | >all weights, {LEARNING_RATE:g} | "
+        "rates": make_table(f"book | >all weights, {LEARNING_RATE} | "
                             + " | ".join(f">rank 16, {rate}" for rate in figures["book"]["rates"]), rates),
         "table": make_table("book | trained | >file, MB | >checkpoint, MB | >loss | style gain | gap closed | "
                             ">reader's AUC | >n-gram overlap | >unknown words | >forgetting", rows),
@@ -155,7 +172,7 @@ def show_lora(figures: dict[str, Any]) -> dict[str, str]:
     }  # fmt: skip
 
 
-def run_long(folder: Path, _books: list[Path]) -> dict[str, Any]:
+def run_long(folder: Path, _inputs: Inputs) -> dict[str, Any]:
     model = train(folder, SAMPLE)
     run_script("generate_text", "--finetuned-model", model, "--max-new-tokens", LONG)
     report = read(model / "report.json")
@@ -171,24 +188,66 @@ def show_long(figures: dict[str, Any]) -> dict[str, str]:
             "table": make_table(" | ".join(["", *(f">quarter {n}" for n in range(1, 5))]), rows)}  # fmt: skip
 
 
-def run_ladder(folder: Path, books: list[Path]) -> dict[str, Any]:
-    for book in books:
-        (folder / "books").mkdir(exist_ok=True)
+def run_ladder(folder: Path, inputs: Inputs) -> dict[str, Any]:
+    (folder / "books").mkdir()
+    for book in inputs.books:
         shutil.copy(book, folder / "books")
-    flags = ["--books", folder / "books"] if books else []
-    printed = subprocess.run([sys.executable, "-m", "pytest", "-q", "-s", "-m", "slow", "tests/test_ladder.py", *flags],
-                             cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout  # fmt: skip
-    tables: dict[str, list[str]] = {}
-    for line in printed.splitlines():
-        if named := re.match(r"(\w+), read by ", line):
-            tables[named[1]] = []
-        elif line.startswith("| ") or line.startswith("|--"):
-            next(reversed(tables.values())).append(line)
-    return tables
+    return read_tables("tests/test_ladder.py", *(["--books", folder / "books"] if inputs.books else []))
 
 
-def show_ladder(figures: dict[str, list[str]]) -> dict[str, str]:
-    return {book: re.sub(r"(?<=\d)%", " %", show_lines(lines)) for book, lines in figures.items()}
+def run_base(folder: Path, inputs: Inputs) -> dict[str, Any]:
+    """Score the embedded base model on the books that it was not trained on, as an evaluation at step 0."""
+    if not inputs.corpus:
+        raise SystemExit("error: base needs --corpus FOLDER")
+    books, data, model = (
+        [inputs.corpus / f"{name}.txt" for name in HELD_OUT],
+        folder / "base/blocks",
+        folder / "base/run",
+    )
+    run_script("prepare_data", "--input-path", SAMPLE, "--val-path", *books, "--model-name", BASE, "--block-size", 512,
+               "--output-dir", data)  # fmt: skip
+    run_script("finetune_generative", "--data-dir", data, "--output-dir", model, "--max-steps", 1, "--dtype", "fp32",
+               "--copy-samples", 0, "--sample-tokens", 0)  # fmt: skip
+    return json.loads((model / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[0])
+
+
+def show_base(figures: dict[str, Any]) -> dict[str, str]:
+    return {name: show(LOSS, figures[f"eval/{key}"])
+            for name, key in (("loss", "loss"), ("perplexity", "perplexity"), ("bits", "bits_per_byte"))}  # fmt: skip
+
+
+def run_faults(_folder: Path, inputs: Inputs) -> dict[str, Any]:
+    if not inputs.corpus:
+        raise SystemExit("error: faults needs --corpus FOLDER")
+    return read_tables("tests/data/test_doctor.py", "--books", inputs.corpus)
+
+
+def read_tables(*flags: Any) -> dict[str, list[str]]:
+    """Run a slow test that prints tables; return their lines by the first word of the line before each."""
+    command = [sys.executable, "-m", "pytest", "-q", "-s", "-m", "slow", *map(str, flags)]
+    printed = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
+    found = re.findall(r"^(\w+).*\n\n((?:\|.*\n)+)", printed, re.MULTILINE)
+    return {name: table.splitlines() for name, table in found}
+
+
+def show_tables(figures: dict[str, list[str]]) -> dict[str, str]:
+    return {name: re.sub(r"(?<=\d)%", " %", show_lines(lines)) for name, lines in figures.items()}
+
+
+def run_larger(folder: Path, inputs: Inputs) -> dict[str, Any]:
+    """With all flags at their defaults; the excerpt is of the first prompt that the author continues."""
+    if not inputs.model or not inputs.books:
+        raise SystemExit("error: larger needs --model FOLDER and --books FOLDER")
+    book, data, model = inputs.books[0], folder / "larger/blocks", folder / "larger/model"
+    run_script("prepare_data", "--input-path", book, "--model-name", inputs.model, "--output-dir", data)
+    run_script("finetune_generative", "--data-dir", data, "--output-dir", model)
+    run_script("generate_text", "--finetuned-model", model)
+    lines = list_excerpts(read(model / "report.json")["texts"])
+    return {"run": collect_run(data, model), "excerpt": [*lines[:2], lines[3]]}
+
+
+def show_larger(figures: dict[str, Any]) -> dict[str, str]:
+    return show_run(figures["run"]) | {"excerpt": show_lines(figures["excerpt"])}
 
 
 EXPERIMENTS = {
@@ -197,5 +256,9 @@ EXPERIMENTS = {
     "decodings": (run_decodings, show_decodings),
     "lora": (run_lora, show_lora),
     "long": (run_long, show_long),
-    "ladder": (run_ladder, show_ladder),
+    "ladder": (run_ladder, show_tables),
+    "base": (run_base, show_base),
+    "faults": (run_faults, show_tables),
+    "larger": (run_larger, show_larger),
+    "scale": (run_scale, show_scale),
 }

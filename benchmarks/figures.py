@@ -14,8 +14,10 @@ from typing import Any
 
 from benchmarks.pages import ROOT
 from benchmarks.run import describe_machine
+from utils.evaluation.render import escape
 
 FIGURES = ROOT / "notes/figures.json"
+EXCERPT = 260  # characters
 
 LOSS, SHARE, COUNT, INTERVAL = "{:.3f}", "{:.1%}", "{:,}", "{value:.2f} [{low:.2f}, {high:.2f}]"
 FINE = "{value:.3f} [{low:.3f}, {high:.3f}]"
@@ -165,8 +167,11 @@ def show_lines(lines: list[str]) -> str:
 def make_table(header: str, rows: list[list[str]]) -> str:
     """Return a Markdown table; in the header, a column that starts with ">" is aligned to the right."""
     columns = [name.strip() for name in header.split("|")]
-    lines = [[name.lstrip(">") for name in columns], ["---:" if name[:1] == ">" else "---" for name in columns], *rows]
-    return show_lines([f"| {' | '.join(cells)} |".replace("|  |", "| |") for cells in lines])
+    head = f"| {' | '.join(name.lstrip('>') for name in columns)} |"
+    ruler = f"|{'|'.join('---:' if name[:1] == '>' else '---' for name in columns)}|"
+    return show_lines(
+        [line.replace("|  |", "| |") for line in (head, ruler, *(f"| {' | '.join(row)} |" for row in rows))]
+    )
 
 
 def show_origin(group: dict) -> dict[str, str]:
@@ -192,7 +197,33 @@ def store(name: str, commit: str, figures: dict[str, Any]) -> None:
 
 
 def describe_commit() -> str:
-    """Return the commit whose code runs, marked if the working tree differs from it."""
-    told = subprocess.run(["git", "describe", "--always", "--abbrev=10", "--dirty", "--exclude=*"], cwd=ROOT,
-                          capture_output=True, text=True)  # fmt: skip
-    return told.stdout.strip() or "unknown"
+    """Return the commit that runs, marked if code or data of the working tree differ from it; pages may differ."""
+
+    def ask(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+
+    return (ask("rev-parse", "--short=10", "HEAD") or "unknown") + "-dirty" * bool(
+        ask("status", "--porcelain", "*.py", "results")
+    )
+
+
+def list_excerpts(rows: list[dict]) -> list[str]:
+    """Return a table of the texts for the first prompt, and for the first that the author continues."""
+    chosen = [rows[0], next(row for row in rows if row["has_reference"])]
+    lines = ["| prompt | base model | fine-tuned model | author |", "|---|---|---|---|"]
+    for row in chosen:
+        cells = [row["prompt"]]
+        for name in ("base", "finetuned", "reference"):
+            pieces = (row["columns"].get(name) or [[]])[0]
+            cells.append(shorten("".join(piece["text"] for piece in pieces)))
+        cells = [re.sub(r"\s*\n\s*", " / ", escape(cell.strip())) for cell in cells]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def shorten(text: str) -> str:
+    """Cut a text after the last sentence, else the last word, that ends within EXCERPT characters."""
+    if len(text) <= EXCERPT:
+        return text
+    ends = [found.end() for found in re.finditer(r"[.!?][\"']?(?=\s)", text[: EXCERPT + 1])]
+    return text[: ends[-1] if ends else text.rindex(" ", 0, EXCERPT)]

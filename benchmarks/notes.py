@@ -1,15 +1,13 @@
 """Run what README and notes quote, and put its figures there; notes/figures.json keeps them.
 
-python -m benchmarks.notes                     the demo, two to five minutes on two cores
-python -m benchmarks.notes rates ladder        experiments by name
-python -m benchmarks.notes all --books FOLDER  the demo and all experiments, about two hours
-python -m benchmarks.notes --fill              run nothing; fill the pages from the stored figures, after an edit
+python -m benchmarks.notes                              the demo, two to five minutes on two cores
+python -m benchmarks.notes rates books --books FOLDER   experiments by name
+python -m benchmarks.notes --fill                       fill the pages from the stored figures, after an edit
 """
 
 import argparse
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -26,6 +24,7 @@ from benchmarks import experiments, mistakes, run
 from benchmarks.figures import (
     collect_run,
     describe_commit,
+    list_excerpts,
     read_figures,
     show_lines,
     show_origin,
@@ -42,7 +41,6 @@ FINETUNED, BLOCKS = "results/checkpoints/finetuned_model", "results/data/blocks"
 WIDTH = 100  # of the printed lines, where there is no terminal
 BROWSERS = ["chromium", "chromium-browser", "google-chrome"]
 WORDS = 5  # characteristic words that note 4 shows
-EXCERPT = 260  # characters
 
 # Beginnings of the printed lines that the README shows.
 PRINTED = ["prepared ", "text  ", "tokens  ", "training  ", "step 0:", "step {best_step}:", "validation loss ",
@@ -93,28 +91,6 @@ def select_printed(printed: str, verdict: list[str], best_step: int) -> list[str
     return [*shown, "```"]
 
 
-def list_excerpts(rows: list[dict]) -> list[str]:
-    """Return a table of the texts for the first prompt, and for the first that the author continues."""
-    chosen = [rows[0], next(row for row in rows if row["has_reference"])]
-    lines = ["| prompt | base model | fine-tuned model | author |", "|---|---|---|---|"]
-    for row in chosen:
-        cells = [row["prompt"]]
-        for name in ("base", "finetuned", "reference"):
-            pieces = (row["columns"].get(name) or [[]])[0]
-            cells.append(shorten("".join(piece["text"] for piece in pieces)))
-        cells = [re.sub(r"\s*\n\s*", " / ", escape(cell.strip())) for cell in cells]
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
-
-
-def shorten(text: str) -> str:
-    """Cut a text after the last sentence, else the last word, that ends within EXCERPT characters."""
-    if len(text) <= EXCERPT:
-        return text
-    ends = [found.end() for found in re.finditer(r"[.!?][\"']?(?=\s)", text[: EXCERPT + 1])]
-    return text[: ends[-1] if ends else text.rindex(" ", 0, EXCERPT)]
-
-
 def list_words(rows: list[dict]) -> list[str]:
     """Return a table of the most characteristic words, in occurrences per 1,000 words."""
     columns = ["book", "control", "base", "finetuned", "reference"]
@@ -154,15 +130,15 @@ def render() -> dict[str, str]:
     return contents
 
 
-def run_experiment(name: str, folder: Path, books: list[Path]) -> None:
-    """Run the demo or an experiment, and store its figures."""
+def run_experiment(name: str, folder: Path, inputs: experiments.Inputs) -> None:
+    """Run the demo or an experiment, store its figures and fill the pages."""
     commit = describe_commit()  # before the run changes a page
     if name == "demo":
         printed, seconds = run_demo(folder / name)
         figures = collect(folder / name, printed, seconds)
         take_pictures(folder / name)
     else:
-        figures = experiments.EXPERIMENTS[name][0](folder, books)
+        figures = experiments.EXPERIMENTS[name][0](folder, inputs)
     store(name, commit, figures)
     fill_pages(render())
 
@@ -170,17 +146,17 @@ def run_experiment(name: str, folder: Path, books: list[Path]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = ["demo", *experiments.EXPERIMENTS]
-    parser.add_argument(
-        "names", nargs="*", choices=[*names, "all", []], metavar="NAME", help=", ".join([*names, "all"])
-    )
-    parser.add_argument("--books", type=Path, metavar="FOLDER", help="further books: " + ", ".join(
-        f"{name}.txt" for name in experiments.TITLES if name != "book"))  # fmt: skip
+    parser.add_argument("names", nargs="*", choices=[*names, []], metavar="NAME", help=", ".join(names))
+    books = ", ".join(f"{name}.txt" for name in experiments.TITLES if name != "book")
+    parser.add_argument("--books", type=Path, metavar="FOLDER", help=f"further books: {books}")
+    parser.add_argument("--corpus", type=Path, metavar="FOLDER", help="many books, .txt, for faults")
+    parser.add_argument("--model", type=Path, metavar="FOLDER", help="a pre-trained model of GPT-2's size, for larger")
     parser.add_argument("--fill", action="store_true", help="run nothing; fill the pages from the stored figures")
     args = parser.parse_args()
-    books = sorted(args.books.glob("*.txt")) if args.books else []
+    inputs = experiments.Inputs(sorted(args.books.glob("*.txt")) if args.books else [], args.corpus, args.model)
     with tempfile.TemporaryDirectory() as folder:
-        for name in [] if args.fill else names if "all" in args.names else args.names or ["demo"]:
-            run_experiment(name, Path(folder), books)
+        for name in [] if args.fill else args.names or ["demo"]:
+            run_experiment(name, Path(folder), inputs)
     fill_pages(render())
 
 

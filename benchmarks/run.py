@@ -63,6 +63,8 @@ def render() -> dict[str, str]:
     shown = {"benchmarks": "\n" + "\n".join(list_targets(results)) + "\n"}
     medians = {name: {variant: statistics.median(values) for variant, values in result["values"].items()}
                for name, result in results["benchmarks"].items()}  # fmt: skip
+    for name, result in results["benchmarks"].items():
+        medians[name] |= {target["what"]: target["value"] for target in result["targets"]}
     medians["gpu_generation"] = gpu["generation_tokens_per_second"]
     for name, variants in medians.items():
         shown |= {f"{name}.{name_marker(variant)}": describe(value) for variant, value in variants.items()}

@@ -347,9 +347,8 @@ def test_faults_planted_in_many_books(request):
         return len(re.findall(r"[^\n]\n(?=[^\n])", text)) < 0.01 * text.count("\n") and text.count('"') > 100
 
     good = spread([text for text in books.values() if is_prose(text) and not examine(text)], 20)
-    print(
-        f"\n{len(books)} books, {len(good)} of them for planting\n\n| fault | found | given back | places that differ |"
-    )
+    print(f"\nfaults planted in {len(good)} of {len(books)} books\n")
+    print("| planted fault | found | given back byte for byte | places that differ |")
     print("|---|---:|---:|---:|")
     for (fault, way), (prepare, spoil, names) in PLANTS.items():
         n_found = n_same = n_places = n_differ = 0
