@@ -223,9 +223,14 @@ def run_faults(_folder: Path, inputs: Inputs) -> dict[str, Any]:
 
 
 def read_tables(*flags: Any) -> dict[str, list[str]]:
-    """Run a slow test that prints tables; return their lines by the first word of the line before each."""
+    """Run a slow test that prints tables; return them as find_tables does."""
     command = [sys.executable, "-m", "pytest", "-q", "-s", "-m", "slow", *map(str, flags)]
     printed = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
+    return find_tables(printed)
+
+
+def find_tables(printed: str) -> dict[str, list[str]]:
+    """Return the lines of the tables in a text, each by the first word of the line above it and a blank one."""
     found = re.findall(r"^(\w+).*\n\n((?:\|.*\n)+)", printed, re.MULTILINE)
     return {name: table.splitlines() for name, table in found}
 
@@ -247,7 +252,17 @@ def run_larger(folder: Path, inputs: Inputs) -> dict[str, Any]:
 
 
 def show_larger(figures: dict[str, Any]) -> dict[str, str]:
-    return show_run(figures["run"]) | {"excerpt": show_lines(figures["excerpt"])}
+    shown = show_run(figures["run"])
+    rows = [[title, shown[f"{name}_base"], shown[name], ""]
+            for title, name in (("validation loss, nats per token", "loss"), ("perplexity", "perplexity"),
+                                ("bits per byte", "bits"))]  # fmt: skip
+    rows.append(
+        ["tokens in n-grams of 8 or more shared with training", "", shown["copied_8"], shown["copied_8_author"]]
+    )
+    return shown | {
+        "table": make_table(" | >base | >fine-tuned | >author", rows),
+        "excerpt": show_lines(figures["excerpt"]),
+    }
 
 
 EXPERIMENTS = {

@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from benchmarks import figures, notes
+from benchmarks import experiments, figures, notes
 from benchmarks.pages import MARKED, PAGES, ROOT, fill
 
 STORED = figures.read_figures()
@@ -163,6 +163,25 @@ def test_the_figures_are_those_of_the_demo():
     assert set(notes.COMMANDS) <= {line.removeprefix(".venv/bin/python ") for line in read("README.md").split("\n    ")}
     demo = STORED["demo"]["figures"]
     assert {*demo} == {*figures.NAMED} | {name for name, value in demo.items() if isinstance(value, list)}
+
+
+def test_the_figures_are_of_known_experiments():
+    assert {*STORED} <= {"demo", *experiments.EXPERIMENTS}
+    for name, group in STORED.items():
+        assert re.fullmatch(r"[0-9a-f]{7,10}|unknown", group["commit"]), f"{name}: the code that ran is in no commit"
+
+
+def test_a_table_that_a_test_prints_is_found():
+    printed = (
+        "..\nbook, read by x\n\n| a | b |\n|---|---|\n| 1 | 5% |\n.\nother\n| 2 |\nlast one\n\n| c |\n\n1 passed\n"
+    )
+    tables = experiments.find_tables(printed)
+    assert tables == {"book": ["| a | b |", "|---|---|", "| 1 | 5% |"], "last": ["| c |"]}
+    assert experiments.show_tables(tables)["book"] == "\n| a | b |\n|---|---|\n| 1 | 5 % |\n"
+
+
+def test_a_table_aligns_figures_to_the_right():
+    assert figures.make_table(" | >loss", [["a", "1"], ["", "2"]]) == "\n| | loss |\n|---|---:|\n| a | 1 |\n| | 2 |\n"
 
 
 def read_commands(makefile):
