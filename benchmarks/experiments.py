@@ -106,11 +106,10 @@ def run_rates(folder: Path, _inputs: Inputs) -> dict[str, Any]:
 
 
 def show_rates(figures: dict[str, Any]) -> dict[str, str]:
-    shown = {f"{name_marker(rate)}.best": show(LOSS, min(losses)) for rate, losses in figures.items()}
     rows = [[rate, *(show(LOSS, loss).join(["**"] * 2 if loss == min(losses) else ["", ""]) for loss in losses[1:])]
             for rate, losses in figures.items()]  # fmt: skip
     epochs = " | ".join(f">{n}" for n in range(1, len(rows[0])))
-    return shown | {"table": make_table(f"learning rate | {epochs}", rows)}
+    return {"table": make_table(f"learning rate | {epochs}", rows)}
 
 
 def run_decodings(folder: Path, inputs: Inputs) -> dict[str, Any]:
