@@ -22,6 +22,7 @@ from typing import Any
 from PIL import Image
 from safetensors.torch import load_file
 
+from benchmarks import pictures
 from benchmarks.pages import ROOT, fill_pages
 from benchmarks.run import describe_machine
 from utils.evaluation.render import escape
@@ -251,7 +252,8 @@ def render(stored: dict) -> dict[str, str]:
     shown |= {name: "\n" + "\n".join(value) + "\n" for name, value in figures.items() if isinstance(value, list)}
     for name, table in TABLES.items():
         shown[f"demo.{name}"] = re.sub(r"\{(\w+)\}", lambda found: shown[f"demo.{found[1]}"], table)
-    return shown
+    step = {name: shown[name] for name in ("date", "machine")} | pictures.show_step(stored["step"]["figures"])
+    return shown | {f"step.{name}": text for name, text in step.items()} | pictures.render()
 
 
 def take_pictures(folder: Path) -> None:
@@ -285,10 +287,12 @@ def main() -> None:
             printed, seconds = run_demo(Path(name))
             figures = collect(Path(name), printed, seconds)
             take_pictures(Path(name))
-        stored = {"commit": commit, "date": datetime.date.today().isoformat(), "machine": machine,
-                  "versions": machine.pop("versions"), "figures": figures}  # fmt: skip
+        origin = {"commit": commit, "date": datetime.date.today().isoformat(), "machine": machine,
+                  "versions": machine.pop("versions")}  # fmt: skip
+        stored = origin | {"figures": figures, "step": origin | {"figures": pictures.measure_step()}}
         FIGURES.write_text(json.dumps(stored, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     fill_pages(render(json.loads(FIGURES.read_text(encoding="utf-8"))))
+    pictures.draw_verdicts()
 
 
 if __name__ == "__main__":

@@ -35,18 +35,22 @@ ALLOWED = {
     },
     "01_dataset_prep.md": {
         "Reading": "2006 34 39 16 300",  # pandoc and its limits
-        "Splitting into segments": "6 17 3 1,000 32 1",  # of the rule that chooses segments
+        "Splitting into segments": "1 6 17 3 1,000 32 1",  # of the rule that chooses segments; of a strip
         "Tokens": "3.5 4.5 2.5",  # bytes per token that are usual, and too few
         "Blocks": "16 70000 4464 1",  # an example of a wrong type
+        "Question": "1,016 128 7 120 127 8",  # tests/test_questions.py computes the answers of all notes
     },
     "02_finetuning_setup.md": {
         "Model and tokenizer": "30 0",  # a time limit in seconds; dropout
         "Device and dtype": "8",  # bits of bf16
         "Batches and steps": "128 8 1 4 2 2,048",  # defaults, an example, a limit
+        "What a step costs": "2 4 16 12 8",  # operations and bytes per weight
+        "Question": "16 17",
         "AdamW and the learning-rate schedule": "1 0 6",  # a gain; percent of the steps
     },
     "03_training_loop.md": {
         "3. The training loop": "0",  # step 0
+        "Question": "0 4 6",
         "Stopping and resuming": "3 6",  # steps, an example
     },
     "04_evaluation.md": {
@@ -55,7 +59,13 @@ ALLOWED = {
         "Judge any text": "1,500",  # words that are needed
         "Copying": "8 16 32 1 100 2026 5 150 20 10,000",  # of the measures; a control in the tests; a year
         "Repetition": "4 0.9",  # of the measures; the default temperature
+        "Question": "1.00 0.95 0.40 0.78 0.75",
     },
+    "05_scale.md": {
+        "One step, three processes": "8 3 2 0",  # an example
+        "Question": "16 8 14 7 0 262,144 73.5 78.8 0.16 1.6 3.9 2.5 3.2",
+    },
+    "06_classic_mistakes.md": {"Question": "12 1 13 2"},
     "backlog.md": {"Backlog": "0"},  # process 0
     "flags.md": {"All flags": "0 2 3 4 130 143 129"},  # exit codes
 }
