@@ -20,7 +20,7 @@ from typing import Any
 from PIL import Image
 from safetensors.torch import load_file
 
-from benchmarks import experiments, mistakes, run
+from benchmarks import experiments, mistakes, pictures, run
 from benchmarks.figures import (
     collect_run,
     describe_commit,
@@ -34,6 +34,8 @@ from benchmarks.figures import (
 from benchmarks.pages import ROOT, fill_pages
 from utils.evaluation.render import escape
 
+# Name: what runs it, and what shows its figures. The demo is run otherwise, as a user runs it.
+EXPERIMENTS = experiments.EXPERIMENTS | {"step": (lambda _folder, _inputs: pictures.measure_step(), pictures.show_step)}
 COMMANDS = ["prepare_data.py --model-name results/base_model",
             "finetune_generative.py --learning-rate 3e-4 --epochs 6",
             "generate_text.py"]  # fmt: skip
@@ -122,9 +124,9 @@ def show_demo(figures: dict[str, Any]) -> dict[str, str]:
 
 def render() -> dict[str, str]:
     """Return what stands between all markers, by name."""
-    contents = run.render() | mistakes.render()
+    contents = run.render() | mistakes.render() | pictures.render()
     for name, group in read_figures().items():
-        show = show_demo if name == "demo" else experiments.EXPERIMENTS[name][1]
+        show = show_demo if name == "demo" else EXPERIMENTS[name][1]
         shown = show_origin(group) | show(group["figures"])
         contents |= {f"{name}.{marker}": content for marker, content in shown.items()}
     return contents
@@ -138,14 +140,15 @@ def run_experiment(name: str, folder: Path, inputs: experiments.Inputs) -> None:
         figures = collect(folder / name, printed, seconds)
         take_pictures(folder / name)
     else:
-        figures = experiments.EXPERIMENTS[name][0](folder, inputs)
+        figures = EXPERIMENTS[name][0](folder, inputs)
     store(name, commit, figures)
     fill_pages(render())
+    pictures.draw_verdicts()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = ["demo", *experiments.EXPERIMENTS]
+    names = ["demo", *EXPERIMENTS]
     parser.add_argument("names", nargs="*", choices=[*names, []], metavar="NAME", help=", ".join(names))
     books = ", ".join(f"{name}.txt" for name in experiments.TITLES if name != "book")
     parser.add_argument("--books", type=Path, metavar="FOLDER", help=f"further books: {books}")
@@ -155,9 +158,10 @@ def main() -> None:
     args = parser.parse_args()
     inputs = experiments.Inputs(sorted(args.books.glob("*.txt")) if args.books else [], args.corpus, args.model)
     with tempfile.TemporaryDirectory() as folder:
-        for name in [] if args.fill else args.names or ["demo"]:
+        for name in [] if args.fill else args.names or ["demo", "step"]:
             run_experiment(name, Path(folder), inputs)
     fill_pages(render())
+    pictures.draw_verdicts()
 
 
 if __name__ == "__main__":

@@ -39,31 +39,45 @@ PLANS = [Plan("7 B, 8 GPUs on 1 machine", 7e9, 4096, 32, 8, 16_384, NVLINK),
          Plan("70 B, 64 GPUs on 8 machines", 70e9, 8192, 80, 64, 8_192, INFINIBAND)]  # fmt: skip
 
 
-def estimate(plan: Plan) -> dict[str, str]:
-    """Return the rows of note 5's estimate for one plan."""
-    n, pass_tokens = plan.parameters, plan.n_gpus * plan.tokens
-    weights = WEIGHT * n / plan.n_gpus
-    group = 4 * GROUP_COPIES * 2 * VOCABULARY * plan.width
-    logits, layer = LOGIT * VOCABULARY, ACTIVATION * plan.width
-    kept = BACKWARD * plan.tokens * (CHECKPOINTED * plan.width * plan.layers + layer + logits)
-    whole = BACKWARD * plan.tokens * (layer * plan.layers + logits)
+def estimate(plan: Plan) -> dict[str, float]:
+    """Return memory and traffic in bytes, times in seconds, of one process but for tokens_per_step and checkpoint."""
+    n, logits, layer = plan.parameters, LOGIT * VOCABULARY, ACTIVATION * plan.width
     received = TRAFFIC * n * (plan.n_gpus - 1) / plan.n_gpus
-    traffic, computation = received / plan.network, FLOP * n * plan.tokens / FLOPS
-    epoch, saving = EPOCH / pass_tokens * (traffic + computation) / 60, SAVED * n / DISK / 60
+    found = {
+        "weights": WEIGHT * n / plan.n_gpus,
+        "group": 4 * GROUP_COPIES * 2 * VOCABULARY * plan.width,
+        "activations": BACKWARD * plan.tokens * (CHECKPOINTED * plan.width * plan.layers + layer + logits),
+        "weights_bf16": WEIGHT_BF16 * n,
+        "all_activations": BACKWARD * plan.tokens * (layer * plan.layers + logits),
+        "received": received,
+        "traffic": received / plan.network,
+        "computation": FLOP * n * plan.tokens / FLOPS,
+        "tokens_per_step": plan.n_gpus * plan.tokens,
+        "checkpoint": SAVED * n,
+    }
+    return found | {"epoch": EPOCH / found["tokens_per_step"] * (found["traffic"] + found["computation"])}
+
+
+def show_plan(plan: Plan) -> dict[str, str]:
+    """Return the rows of note 5's estimate for one plan."""
+    of = estimate(plan)
+    gigabytes = {name: value / 1e9 for name, value in of.items()}
+    memory = sum(gigabytes[name] for name in ("weights", "group", "activations"))
     return {
-        "weights, gradients, averages: 16 bytes / N": f"{weights / 1e9:.1f} GB",
-        "largest group (embedding and output layer) × 6": f"{group / 1e9:.1f} GB",
+        "weights, gradients, averages: 16 bytes / N": f"{gigabytes['weights']:.1f} GB",
+        "largest group (embedding and output layer) × 6": f"{gigabytes['group']:.1f} GB",
         "tokens per pass and process": f"{plan.tokens:,}",
-        "activations and logits × 1.25": f"{kept / 1e9:.0f} GB",
-        "**memory per process**": f"**{(weights + group + kept) / 1e9:.0f} GB**",
+        "activations and logits × 1.25": f"{gigabytes['activations']:.0f} GB",
+        "**memory per process**": f"**{memory:.0f} GB**",
         "without `--gradient-checkpointing`: weights in bf16, activations":
-            f"{WEIGHT_BF16 * n / 1e9:.0f} GB, {whole / 1e9:.0f} GB",
-        "received per pass and process: 12 bytes × (N - 1)/N": f"{received / 1e9:.1f} GB",
-        "traffic / computation per pass": f"{traffic:.3g} s / {computation:.3g} s",
-        "tokens per step, one pass": f"{pass_tokens:,}",
-        "**time per epoch of 10 million tokens (100 books)**": f"**{epoch:.0f} min**",
-        "main memory of process 0": f"{4 * n / 1e9:.0f} GB",
-        "a checkpoint, at the 0.6 GB/s measured on a solid-state disk": f"{SAVED * n / 1e9:.0f} GB, {saving:.1f} min",
+            f"{gigabytes['weights_bf16']:.0f} GB, {gigabytes['all_activations']:.0f} GB",
+        "received per pass and process: 12 bytes × (N - 1)/N": f"{gigabytes['received']:.1f} GB",
+        "traffic / computation per pass": f"{of['traffic']:.3g} s / {of['computation']:.3g} s",
+        "tokens per step, one pass": f"{of['tokens_per_step']:,}",
+        "**time per epoch of 10 million tokens (100 books)**": f"**{of['epoch'] / 60:.0f} min**",
+        "main memory of process 0": f"{4 * plan.parameters / 1e9:.0f} GB",
+        "a checkpoint, at the 0.6 GB/s measured on a solid-state disk":
+            f"{gigabytes['checkpoint']:.0f} GB, {of['checkpoint'] / DISK / 60:.1f} min",
     }  # fmt: skip
 
 
@@ -94,7 +108,7 @@ def show_scale(figures: dict[str, Any]) -> dict[str, str]:
         [title, *(f"{figures[key][str(n)]:.2f} GB" for n in PROCESSES)]
         for title, key in (("peak, saves included", "peaks"), ("forecast", "forecasts"))
     ]
-    columns = [estimate(plan) for plan in PLANS]
+    columns = [show_plan(plan) for plan in PLANS]
     paper = [[title, *(column[title] for column in columns)] for title in columns[0]]
     return {"estimate": make_table(" | ".join(["", *(f">{plan.title}" for plan in PLANS)]), paper),
             "parameters": f"{figures['parameters'] / 1e6:.0f} million",

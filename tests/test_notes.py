@@ -39,15 +39,18 @@ ALLOWED = {
     "01_dataset_prep.md": {
         "Reading": "2006 34 39 16 300",  # pandoc and its limits
         "Faults of the text": "70 1,000",  # an example; of the rules
-        "Splitting into segments": "6 17 3 1,000 32 1",  # of the rule that chooses segments
+        "Splitting into segments": "1 6 17 3 1,000 32 1",  # of the rule that chooses segments; of a strip
         "Tokens": "3.5 4.5 2.5",  # bytes per token that are usual, and too few
         "Blocks": "16 70000 4464 1",  # an example of a wrong type
         "A large corpus": "2 8 32 64 500 65,536 8.4 268 67 4.2",  # from where on a text is treated as a large one
+        "Question": "1,016 128 7 120 127 8",  # tests/test_questions.py computes the answers of all notes
     },
     "02_finetuning_setup.md": {
         "Model and tokenizer": "30 0",  # a time limit in seconds; dropout
         "Device and dtype": "8",  # bits of bf16
         "Batches and steps": "128 8 1 4 2 2,048",  # defaults, an example, a limit
+        "What a step costs": "2 4 16 12 8",  # operations and bytes per weight
+        "Question": "16 17",
         "AdamW and the learning-rate schedule": "1 0 6",  # a gain; percent of the steps
         "Which learning rate?": "8 6 3e-4 5e-5",  # settings
         "LoRA": "2021 8 128 10",  # a year; settings; advice
@@ -55,6 +58,7 @@ ALLOWED = {
     "03_training_loop.md": {
         "3. The training loop": "0",  # step 0
         "Labels are shifted once": "1 30 1.12 1e-5",  # positions; note 6; the predecessor's; a limit
+        "Question": "0 4 6",
         "Stopping and resuming": "3 6",  # steps, an example
         "Several processes": "0 1 2 3 4 200 1e-6 1e-5",  # process 0; counts and limits of a test; an exit code
         "Training speed": "124 0.1 128 8 16 32 200",  # sizes and settings of the benchmark
@@ -72,14 +76,17 @@ ALLOWED = {
         "Copying": "8 16 32 1 100 2026 5 150 20 10,000",  # of the measures; a control in the tests; a year
         "Repetition": "4 0.9",  # of the measures; the default temperature
         "Three books": "8",  # of the measure
+        "Question": "1.00 0.95 0.40 0.78 0.75",
     },
     "05_scale.md": {  # process 0, exit codes, limits; what tests count; data sheets and shapes of models
         "5. More processes, more machines": "7 70",
+        "One step, three processes": "8 3 2 0",  # an example
         "Two machines": "0 1 3",
         "Slurm": "30",
         "Memory": "0 0.45 1 2 4 4.0 6 15 16 50,257 55.6 64",
         "Traffic": "1 12 12.0",
         "7 and 70 billion parameters, on paper": "0 2 4 7 8 16 32 40 50 64 70 80 450 989 4,096 8,192 32,000",
+        "Question": "16 8 14 7 0 262,144 73.5 78.8 0.16 1.6 3.9 2.5 3.2",
     },
     "06_classic_mistakes.md": {  # settings of the experiments
         "6. Classic mistakes": "4 12 24 60 64",
@@ -87,6 +94,7 @@ ALLOWED = {
         "Losses": "1 12",
         "Training and resuming": "1 8 100 512 0.1 1e-2 1e-5",
         "Generation and comparison": "0 1 300 2,000",
+        "Question": "12 1 13 2",
     },
     "backlog.md": {"Backlog": "0"},  # process 0
     "flags.md": {"All flags": "0 2 3 4 130 143 129"},  # exit codes
@@ -166,7 +174,7 @@ def test_the_figures_are_those_of_the_demo():
 
 
 def test_the_figures_are_of_known_experiments():
-    assert {*STORED} <= {"demo", *experiments.EXPERIMENTS}
+    assert {*STORED} <= {"demo", *notes.EXPERIMENTS}
     for name, group in STORED.items():
         assert re.fullmatch(r"[0-9a-f]{7,10}|unknown", group["commit"]), f"{name}: the code that ran is in no commit"
 
