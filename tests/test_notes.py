@@ -85,7 +85,7 @@ ALLOWED = {
         "Slurm": "30",
         "Memory": "0 0.45 1 2 4 4.0 6 15 16 50,257 55.6 64",
         "Traffic": "1 12 12.0",
-        "7 and 70 billion parameters, on paper": "0 2 4 7 8 16 32 40 50 64 70 80 450 989 4,096 8,192 32,000",
+        "7 and 70 billion parameters, on paper": "0 2 4 7 8 32 40 50 64 70 80 450 989 4,096 8,192 32,000",
         "Question": "16 8 14 7 0 262,144 73.5 78.8 0.16 1.6 3.9 2.5 3.2",
     },
     "06_classic_mistakes.md": {  # settings of the experiments
