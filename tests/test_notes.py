@@ -101,7 +101,11 @@ ALLOWED = {
     "skills_competencies.md": {"Skills practised": "400"},  # books
 }
 # Sections whose figures are still written by hand.
-BY_HAND = {"README.md": ["Guarantees"]}
+BY_HAND = {
+    "README.md": ["With GPT-2 itself", "Guarantees", "Retrospective"],
+    "02_finetuning_setup.md": ["LoRA"],
+    "04_evaluation.md": ["Samples", "The ladder"],
+}
 
 
 def read(name):
