@@ -106,7 +106,7 @@ def show_scale(figures: dict[str, Any]) -> dict[str, str]:
     shares = [f"{WEIGHT * figures['parameters'] / n / 1e9:.2f} GB" for n in PROCESSES]
     rows = [["16 bytes per parameter / N", *shares]] + [
         [title, *(f"{figures[key][str(n)]:.2f} GB" for n in PROCESSES)]
-        for title, key in (("peak, saves included", "peaks"), ("forecast", "forecasts"))
+        for title, key in (("peak", "peaks"), ("forecast", "forecasts"))
     ]
     columns = [show_plan(plan) for plan in PLANS]
     paper = [[title, *(column[title] for column in columns)] for title in columns[0]]
