@@ -4,8 +4,9 @@
     python tests/mutants.py mistakes    the wrong lines of benchmarks/mistakes.py, each before the test that guards it
     python tests/mutants.py mutate      small changes in the modules of MUTATED, or in those named
 
-A mutant is a module's source, changed and given to a forked child in place of the file; the child runs the
-tests. Nothing on the disk is touched. Exit status 1: no test failed for a guard, or fewer than 90 % were killed.
+A last word such as 2/8 runs every eighth mutant from the second on. A mutant is a module's source, changed and
+given to a forked child in place of the file; the child runs the tests. Nothing on the disk is touched. Exit status 1:
+no test failed for a guard, or fewer than 90 % were killed.
 """
 
 import ast
@@ -14,6 +15,7 @@ import importlib.abc
 import importlib.util
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -21,6 +23,8 @@ import time
 from contextlib import suppress
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
+
+from counts import FILE, record_count
 
 ROOT = Path(__file__).resolve().parent.parent
 QUICK = ["tests/test_storage.py", "tests/test_output_dir.py", "tests/training/test_checkpoint.py",
@@ -214,6 +218,7 @@ def start(path, source, tests):
     null = os.open(os.devnull, os.O_RDWR)
     for descriptor in range(3):
         os.dup2(null, descriptor)
+    os.environ.pop(FILE, None)  # what a mutant counts is of no use
     sys.meta_path.insert(0, Finder(path, source))
     import pytest
 
@@ -322,6 +327,12 @@ def read_mistakes():
     return mutants
 
 
+def order_tests(path):
+    """Return all tests, those of the module's own name first."""
+    own = sorted((ROOT / "tests").rglob(f"test_{Path(path).stem}.py"))
+    return [*dict.fromkeys([*(str(test.relative_to(ROOT)) for test in own), *QUICK, *SLOWER])]
+
+
 def main():
     os.chdir(ROOT)
     sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -332,28 +343,30 @@ def main():
     from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel  # noqa: F401
 
     torch.set_num_threads(1)
-    what, paths = sys.argv[1], sys.argv[2:] or MUTATED
+    what, *paths = sys.argv[1:]
+    number, n_slices = map(int, (paths.pop() if re.fullmatch(r"\d+/\d+", sys.argv[-1]) else "1/1").split("/"))
+    mine = slice(number - 1, None, n_slices)
     if what == "mistakes":
-        mistakes = read_mistakes()
+        mistakes = read_mistakes()[mine]
         survivors = run_all(mistakes)
-        print(f"{len(mistakes)} mistakes planted, {len(mistakes) - len(survivors)} times their guard failed")
+        record_count("mistakes", planted=len(mistakes), noticed=len(mistakes) - len(survivors), survivors=survivors)
         return bool(survivors)
     if what == "guards":
         mutants = []
-        for path, guard, instead in GUARDS:
+        for path, guard, instead in GUARDS[mine]:
             source = (ROOT / path).read_text(encoding="utf-8")
             assert source.count(guard) == 1, f"{path}: {guard!r} stands there {source.count(guard)} times"
-            tests = [name for name in QUICK + SLOWER if (ROOT / name).exists()]
-            mutants.append((f"{path}: {guard.strip()}", path, source.replace(guard, instead), tests))
+            mutants.append((f"{path}: {guard.strip()}", path, source.replace(guard, instead), order_tests(path)))
         survivors = run_all(mutants)
-        print(f"{len(mutants)} guards taken out, {len(mutants) - len(survivors)} times a test failed")
+        record_count("guards", removed=len(mutants), noticed=len(mutants) - len(survivors), survivors=survivors)
         return bool(survivors)
-    mutants = {name: (path, source) for path in paths for name, source in mutate(path)}
+    changed = [(name, (path, source)) for path in paths or MUTATED for name, source in mutate(path)]
+    mutants = dict(changed[mine])
     survivors = run_all([(name, *rest, QUICK) for name, rest in mutants.items()])
     print(f"{len(mutants)} mutants, {len(mutants) - len(survivors)} killed by the quick tests; now the slower ones")
     survivors = run_all([(name, *mutants[name], SLOWER) for name in survivors])
     killed = len(mutants) - len(survivors)
-    print(f"{len(mutants)} mutants, {killed} killed ({killed / len(mutants):.1%})")
+    record_count("mutants", modules=paths or MUTATED, changes=len(mutants), detected=killed, survivors=survivors)
     return killed < 0.9 * len(mutants)
 
 
