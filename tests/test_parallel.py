@@ -123,7 +123,7 @@ def test_same_losses_for_any_number_of_processes(workshop, amount):  # noqa: F81
     for n in (2, 4):
         rows, losses, weights = check_same_run(folders[1], folders[n])
         assert rows > steps
-        record_count("processes", number=n, steps=steps, most_loss=losses, most_weight=weights)
+        record_count("processes", number=n, most_steps=steps, most_loss=losses, most_weight=weights)
         names = {path.relative_to(folders[n]).as_posix() for path in folders[n].rglob("*")}
         assert names == {path.relative_to(folders[1]).as_posix() for path in folders[1].rglob("*")}
 
