@@ -79,8 +79,8 @@ GROUPS = [
           "code 3 ({passed} tests)", "tests/model/test_hub.py", [""], 4),
     *(Group(name, "input", "{examples:,} " + name, f"tests/test_fuzz.py::test_{name.replace(' ', '_')} --slice {{}}",
             slices(count), minutes)
-      for name, count, minutes in (("books", 2, 10), ("prepared folders", 2, 10), ("checkpoints", 20, 15),
-                                   ("models", 10, 15), ("command lines", 1, 10))),
+      for name, count, minutes in (("books", 4, 10), ("prepared folders", 2, 10), ("checkpoints", 5, 10),
+                                   ("models", 3, 10), ("command lines", 1, 5))),
     Group("archives", "input", "{damaged:,} damaged archives",
           "tests/data/test_formats.py::test_damaged_archives_give_a_text_or_one_line", [""], 5),
     Group("mistakes", "tests", "{noticed} of {planted} classic mistakes planted, the test that guards against each "
@@ -92,8 +92,18 @@ GROUPS = [
           [f"utils/{module}.py {piece}" for module, count in (("storage", 4), ("training/checkpoint", 5),
                                                               ("output_dir", 2)) for piece in slices(count)], 15),
 ]  # fmt: skip
-PARTS = [Part(f"{group.name} {piece}".strip(), group, group.command.format(shlex.quote(piece) if "[" in group.command
-              else piece)) for group in GROUPS for piece in group.pieces]  # fmt: skip
+PYTEST = "-m pytest --full -m 'not gpu' -p no:cacheprovider "
+
+
+def name_parts(group: Group) -> list[Part]:
+    """Return the parts of a group with Python's arguments."""
+    start = "" if "mutants" in group.command else PYTEST
+    pieces = [shlex.quote(piece) if "[" in group.command else piece for piece in group.pieces]
+    return [Part(f"{group.name} {piece}".strip(), group, start + group.command.format(word))
+            for piece, word in zip(group.pieces, pieces, strict=True)]  # fmt: skip
+
+
+PARTS = [part for group in GROUPS for part in name_parts(group)]
 
 
 def read_stored() -> dict[str, dict]:

@@ -22,6 +22,7 @@ from typing import Any
 from PIL import Image
 from safetensors.torch import load_file
 
+from benchmarks.guarantees import read_stored, render_soak
 from benchmarks.pages import ROOT, fill_pages
 from benchmarks.run import describe_machine
 from utils.evaluation.render import escape
@@ -288,7 +289,7 @@ def main() -> None:
         stored = {"commit": commit, "date": datetime.date.today().isoformat(), "machine": machine,
                   "versions": machine.pop("versions"), "figures": figures}  # fmt: skip
         FIGURES.write_text(json.dumps(stored, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    fill_pages(render(json.loads(FIGURES.read_text(encoding="utf-8"))))
+    fill_pages(render(json.loads(FIGURES.read_text(encoding="utf-8"))) | render_soak(read_stored()))
 
 
 if __name__ == "__main__":
