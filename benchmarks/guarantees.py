@@ -1,6 +1,7 @@
 """What the soak runs, part by part, and what README's section "Guarantees" says of it."""
 
 import json
+import re
 import shlex
 from collections import namedtuple
 
@@ -8,7 +9,7 @@ from benchmarks.pages import ROOT
 
 STORED = ROOT / "notes/soak.json"
 # Name; row of the table in README and what it says there, of the sums of all counts of the parts (maxima of most_...);
-# command; {} in it for each part; minutes per part on an idle core before it was ever run.
+# command; pieces, a kind for {} in it or a slice or both; minutes per part on an idle core before it was ever run.
 Group = namedtuple("Group", "name row phrase command pieces minutes")
 Part = namedtuple("Part", "name group command")
 SCRIPTS, COMMANDS = ["prepare", "finetune", "generate"], ["prepare_data", "finetune_generative", "generate_text"]
@@ -30,7 +31,7 @@ GROUPS = [
           CRASH + "a_kill_at_any_system_call_changes_nothing[{}]", SCRIPTS, 15),
     Group("random times", "time", "{trials:,} trials; {killed:,} were killed before they finished, {aimed_at_a_save:,} "
           "aimed at a save: all identical, at most {most_steps_lost} steps lost (the interval)",
-          CRASH + "a_kill_at_any_time_loses_at_most_one_interval --slice {}", slices(2), 8),
+          CRASH + "a_kill_at_any_time_loses_at_most_one_interval", slices(2), 8),
     Group("in a row", "time", "one run killed {kills} times in a row, identical",
           CRASH + "a_run_killed_many_times_in_a_row_is_the_run_never_killed", [""], 3),
     Group("corpus at random times", "time", "preparation with two workers killed {kills} times, all identical",
@@ -77,7 +78,7 @@ GROUPS = [
           "tests/test_damage.py -k 'not hostile and not damaged_'", [""], 3),
     Group("hub", "network", "no DNS, refused, silent, 503, one byte per second, cut off, wrong hash: all end with exit "
           "code 3 ({passed} tests)", "tests/model/test_hub.py", [""], 4),
-    *(Group(name, "input", "{examples:,} " + name, f"tests/test_fuzz.py::test_{name.replace(' ', '_')} --slice {{}}",
+    *(Group(name, "input", "{examples:,} " + name, f"tests/test_fuzz.py::test_{name.replace(' ', '_')}",
             slices(count), minutes)
       for name, count, minutes in (("books", 4, 10), ("prepared folders", 2, 10), ("checkpoints", 5, 10),
                                    ("models", 3, 10), ("command lines", 1, 5))),
@@ -86,7 +87,7 @@ GROUPS = [
     Group("mistakes", "tests", "{noticed} of {planted} classic mistakes planted, the test that guards against each "
           "failed", "tests/mutants.py mistakes", [""], 5),
     Group("guards", "tests", "{noticed} of {removed} guards removed, a test failed for each",
-          "tests/mutants.py guards {}", slices(14), 10),
+          "tests/mutants.py guards", slices(14), 10),
     Group("small changes", "tests", "{detected} of {changes} small changes of the code that writes files detected",
           "tests/mutants.py mutate {}",
           [f"utils/{module}.py {piece}" for module, count in (("storage", 4), ("training/checkpoint", 5),
@@ -96,11 +97,15 @@ PYTEST = "-m pytest --full -m 'not gpu' -p no:cacheprovider "
 
 
 def name_parts(group: Group) -> list[Part]:
-    """Return the parts of a group with Python's arguments."""
-    start = "" if "mutants" in group.command else PYTEST
-    pieces = [shlex.quote(piece) if "[" in group.command else piece for piece in group.pieces]
-    return [Part(f"{group.name} {piece}".strip(), group, start + group.command.format(word))
-            for piece, word in zip(group.pieces, pieces, strict=True)]  # fmt: skip
+    """Return the parts of a group with Python's arguments; a piece that ends in 1/3 is a slice."""
+    of_pytest, parts = "mutants" not in group.command, []
+    for piece in group.pieces:
+        kind, number = re.fullmatch(r"(.*?) ?(\d+/\d+)?", piece).groups()
+        command = PYTEST * of_pytest + group.command.format(shlex.quote(kind) if kind else "")
+        if number:
+            command += " --slice " * of_pytest + " " * (not of_pytest) + number
+        parts.append(Part(f"{group.name} {piece}".strip(), group, command))
+    return parts
 
 
 PARTS = [part for group in GROUPS for part in name_parts(group)]

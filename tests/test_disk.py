@@ -3,7 +3,6 @@
 import builtins
 import errno
 import io
-import itertools
 import mmap
 import os
 import re
@@ -219,13 +218,13 @@ def test_a_disk_that_fails_at_any_place(case, amount, mine):
     record_count("disk faults", script=case.command[0], faults=len(trials), places=total)
 
 
-def test_a_system_call_that_fails_inside_a_library(case, amount, tmp_path):
+def test_a_system_call_that_fails_inside_a_library(case, amount, mine, tmp_path):
     if amount(True, False) or not shutil.which("strace"):
         pytest.skip("needs --full and strace")
     assert run_child(*case.command).code == 0
     expected, failed = case.digest(), 0
     for call in ("write", "fsync", "rename"):
-        for number in itertools.count(1):
+        for number in mine(range(1, 100_000)):
             begin_again(case)
             ended, trace = run_traced(case.command, call, number, tmp_path / "trace")
             injected = [line for line in trace.splitlines() if "(INJECTED)" in line]
