@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from string import Formatter
 from types import SimpleNamespace
 
 import conftest
@@ -144,3 +145,11 @@ def test_the_soak_names_all_kinds_of_run():
     pieces = {group.name: group.pieces for group in GROUPS}
     assert pieces["file operations"] == [getattr(name, "values", [name])[0] for name in test_crash.CASES]
     assert set(pieces["power cuts"]) == set(test_crash.CUTS)
+
+
+def test_every_figure_that_readme_shows_is_counted():
+    texts = [path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("*.py") if path != Path(__file__)]
+    calls = [call for text in texts for call in re.findall(r"record_count\((.*?)\)\n", text, re.DOTALL)]
+    counted = {"counts", "passed", *(name for call in calls for name in re.findall(r"(\w+)=", call))}
+    shown = {name for group in GROUPS for _, name, *_ in Formatter().parse(group.phrase) if name}
+    assert {"killed", "most_loss"} <= shown <= counted, shown - counted
