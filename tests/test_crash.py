@@ -535,5 +535,5 @@ def test_a_kill_at_any_system_call_changes_nothing(case, amount, mine, name):
             reached = 0 if name == "generate" else reached_step(case.out)
             case.finish(f"{name}: killed at call {number} of {names}", reached - case.interval)
             counts[names] = counts.get(names, 0) + 1
-    assert sum(counts.values()) > 20, counts
+    assert sum(counts.values()) > 4, counts
     record_count("system calls", kind=name, killed=sum(counts.values()), calls=counts)

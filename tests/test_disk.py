@@ -236,7 +236,7 @@ def test_a_system_call_that_fails_inside_a_library(case, amount, mine, tmp_path)
             where = f"{case.command[0]}, {call} {number}: {injected[0]}"
             check_failure(ended, case.out, where, safe=case.command[0] == "finetune_generative")
             check_recovery(case, expected, where)
-    assert failed > 5
+    assert failed > 2
     record_count("failing system calls", script=case.command[0], failed=failed)
 
 
