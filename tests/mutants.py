@@ -16,9 +16,11 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from contextlib import suppress
 from importlib.machinery import SourceFileLoader
@@ -209,6 +211,10 @@ class Finder(importlib.abc.MetaPathFinder):
         return importlib.util.spec_from_loader(name, loader)
 
 
+def folder_of(pid):
+    return Path(tempfile.gettempdir(), f"mutants-{pid}")
+
+
 def start(path, source, tests):
     """Fork a child that runs tests with a changed module; its exit status is 0 when they pass."""
     pid = os.fork()
@@ -222,7 +228,7 @@ def start(path, source, tests):
     sys.meta_path.insert(0, Finder(path, source))
     import pytest
 
-    code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", f"--basetemp=/tmp/mutants-{os.getpid()}", *tests])
+    code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", f"--basetemp={folder_of(os.getpid())}", *tests])
     os._exit(int(code))
 
 
@@ -243,7 +249,7 @@ def run_all(mutants, at_once=2):
             time.sleep(0.05)
             continue
         name, _ = running.pop(pid)
-        os.system(f"rm -rf /tmp/mutants-{pid}")
+        shutil.rmtree(folder_of(pid), ignore_errors=True)
         done += 1
         if status == 0:
             survivors.append(name)
