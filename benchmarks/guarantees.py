@@ -81,13 +81,13 @@ GROUPS = [
     *(Group(name, "input", "{examples:,} " + name, f"tests/test_fuzz.py::test_{name.replace(' ', '_')}",
             slices(count), minutes)
       for name, count, minutes in (("books", 4, 10), ("prepared folders", 2, 10), ("checkpoints", 5, 10),
-                                   ("models", 3, 10), ("command lines", 1, 5))),
+                                   ("models", 4, 8), ("command lines", 1, 5))),
     Group("archives", "input", "{damaged:,} damaged archives",
           "tests/data/test_formats.py::test_damaged_archives_give_a_text_or_one_line", [""], 5),
     Group("mistakes", "tests", "{noticed} of {planted} classic mistakes planted, the test that guards against each "
           "failed", "tests/mutants.py mistakes", [""], 5),
     Group("guards", "tests", "{noticed} of {removed} guards removed, a test failed for each",
-          "tests/mutants.py guards", slices(14), 10),
+          "tests/mutants.py guards", slices(19), 10),
     Group("small changes", "tests", "{detected} of {changes} small changes of the code that writes files detected",
           "tests/mutants.py mutate {}",
           [f"utils/{module}.py {piece}" for module, count in (("storage", 4), ("training/checkpoint", 5),

@@ -45,7 +45,10 @@ SLOWER = [
     )
 ]
 MUTATED = ["utils/storage.py", "utils/output_dir.py", "utils/training/checkpoint.py"]
-SECONDS = {True: 90, False: 900}  # for the quick tests alone, and for more
+SECONDS = {
+    True: 90,
+    False: 900,
+}  # of computing, for the quick tests alone, and for more; ten times as long by the clock
 # Module, what is taken out, what stands there instead.
 GUARDS = [
     ("utils/storage.py", "        os.fsync(descriptor)\n", "        pass\n"),
@@ -228,13 +231,33 @@ def start(path, source, tests):
     sys.meta_path.insert(0, Finder(path, source))
     import pytest
 
-    code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", f"--basetemp={folder_of(os.getpid())}", *tests])
+    code = pytest.main(
+        ["-x", "-q", "-p", "no:cacheprovider", f"--basetemp={folder_of(os.getpid())}", *tests], [Notes()]
+    )
     os._exit(int(code))
 
 
+class Notes:
+    """In the child: write down the test that fails."""
+
+    def pytest_runtest_logreport(self, report):
+        if report.failed:
+            note_of(os.getpid()).write_text(report.nodeid)
+
+
+def note_of(pid):
+    return folder_of(pid).with_suffix(".txt")
+
+
+def seconds_used(pid):
+    """Return the seconds that a process has computed, and those of its children that have ended."""
+    times = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:15]
+    return sum(map(int, times)) / os.sysconf("SC_CLK_TCK")
+
+
 def run_all(mutants, at_once=2):
-    """Run (name, path, source, tests) mutants; return the names of those that no test noticed."""
-    waiting, running, survivors, done = list(mutants), {}, [], 0
+    """Run (name, path, source, tests) mutants; return by name which test noticed it, None for none."""
+    waiting, running, found = list(mutants), {}, {}
     patience = SECONDS[all(tests == QUICK for *_, tests in mutants)]
     while waiting or running:
         while waiting and len(running) < at_once:
@@ -242,21 +265,28 @@ def run_all(mutants, at_once=2):
             running[start(*mutant[1:])] = mutant[0], time.monotonic()
         pid, status = os.waitpid(-1, os.WNOHANG)
         for late, (_, began) in running.items():
-            if time.monotonic() - began > patience:
-                with suppress(ProcessLookupError):  # it has just ended
+            with suppress(OSError):  # it has just ended
+                if seconds_used(late) > patience or time.monotonic() - began > 10 * patience:
+                    note_of(late).write_text("it did not end")
                     os.killpg(late, signal.SIGKILL)  # a hang is noticed too
         if not pid:
             time.sleep(0.05)
             continue
         name, _ = running.pop(pid)
-        shutil.rmtree(folder_of(pid), ignore_errors=True)
-        done += 1
-        if status == 0:
-            survivors.append(name)
+        found[name] = None
+        if status:
+            found[name] = note_of(pid).read_text() if note_of(pid).exists() else "it could not be imported"
+        else:
             print(f"survived: {name}", flush=True)
-        if done % 50 == 0:
-            print(f"... {done} of {done + len(waiting) + len(running)}", flush=True)
-    return survivors
+        note_of(pid).unlink(missing_ok=True)
+        shutil.rmtree(folder_of(pid), ignore_errors=True)
+        if len(found) % 50 == 0:
+            print(f"... {len(found)} of {len(found) + len(waiting) + len(running)}", flush=True)
+    return found
+
+
+def undetected(found):
+    return [name for name, test in found.items() if test is None]
 
 
 SWAPS = {ast.Eq: ast.NotEq, ast.NotEq: ast.Eq, ast.Lt: ast.GtE, ast.GtE: ast.Lt, ast.Gt: ast.LtE, ast.LtE: ast.Gt,
@@ -354,8 +384,9 @@ def main():
     mine = slice(number - 1, None, n_slices)
     if what == "mistakes":
         mistakes = read_mistakes()[mine]
-        survivors = run_all(mistakes)
-        record_count("mistakes", planted=len(mistakes), noticed=len(mistakes) - len(survivors), survivors=survivors)
+        found = run_all(mistakes)
+        survivors = undetected(found)
+        record_count("mistakes", planted=len(found), noticed=len(found) - len(survivors), survivors=survivors)
         return bool(survivors)
     if what == "guards":
         mutants = []
@@ -363,14 +394,15 @@ def main():
             source = (ROOT / path).read_text(encoding="utf-8")
             assert source.count(guard) == 1, f"{path}: {guard!r} stands there {source.count(guard)} times"
             mutants.append((f"{path}: {guard.strip()}", path, source.replace(guard, instead), order_tests(path)))
-        survivors = run_all(mutants)
-        record_count("guards", removed=len(mutants), noticed=len(mutants) - len(survivors), survivors=survivors)
+        found = run_all(mutants)
+        survivors = undetected(found)
+        record_count("guards", removed=len(found), noticed=len(found) - len(survivors), by=found)
         return bool(survivors)
     changed = [(name, (path, source)) for path in paths or MUTATED for name, source in mutate(path)]
     mutants = dict(changed[mine])
-    survivors = run_all([(name, *rest, QUICK) for name, rest in mutants.items()])
+    survivors = undetected(run_all([(name, *rest, QUICK) for name, rest in mutants.items()]))
     print(f"{len(mutants)} mutants, {len(mutants) - len(survivors)} killed by the quick tests; now the slower ones")
-    survivors = run_all([(name, *mutants[name], SLOWER) for name in survivors])
+    survivors = undetected(run_all([(name, *mutants[name], SLOWER) for name in survivors]))
     killed = len(mutants) - len(survivors)
     record_count("mutants", modules=paths or MUTATED, changes=len(mutants), detected=killed, survivors=survivors)
     return killed < 0.9 * len(mutants)
