@@ -51,19 +51,32 @@ def describe_commit() -> str:
     return (commit or "unknown") + "-dirty" * bool(changes)
 
 
-def end_tree(root: int) -> None:
-    """End a process and all that it has started, in whatever session that is."""
+def list_tree(root: int) -> list[int]:
+    """Return a process and all that it has started, in whatever session that is."""
     children: dict[int, list[int]] = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):
             parent = int(stat.read_text().rpartition(")")[2].split()[1])
             children.setdefault(parent, []).append(int(stat.parent.name))
-    doomed = [root]
-    for pid in doomed:  # which grows
-        doomed += children.get(pid, [])
-    for pid in doomed:
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+    tree = [root]
+    for pid in tree:  # which grows
+        tree += children.get(pid, [])
+    return tree
+
+
+def end_tree(root: int) -> None:
+    """End a process and all that it has started."""
+
+    def send(number: int, pids: set[int]) -> None:
+        for pid in pids:
+            with suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+    stopped: set[int] = set()
+    while new := {*list_tree(root)} - stopped:  # those that are stopped start no others
+        send(signal.SIGSTOP, new)
+        stopped |= new
+    send(signal.SIGKILL, stopped)
 
 
 def run_part(part: Part) -> dict:
