@@ -24,14 +24,10 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest -n 4 --dist worksteal
 
-# Hours: the same tests with large counts, then every guard removed in turn, the classic mistakes, small changes everywhere.
-SOAK := tests/test_crash.py tests/test_damage.py tests/test_disk.py tests/test_signals.py tests/test_identity.py \
-	tests/model/test_hub.py tests/test_fuzz.py
+# Many hours, in parts of a quarter of an hour at the lowest priority: the tests with large counts, every guard removed
+# in turn, the classic mistakes, small changes everywhere. May be stopped at any time; the same command resumes.
 soak: $(READY)
-	$(BIN)/python -m pytest --full -s $(SOAK)
-	$(BIN)/python tests/mutants.py guards
-	$(BIN)/python tests/mutants.py mistakes
-	$(BIN)/python tests/mutants.py mutate
+	$(BIN)/python -m benchmarks.soak
 
 # About four minutes on 2 cores: runs the demo in a folder of its own and fills its figures into README and notes.
 notes: $(READY)

@@ -31,6 +31,7 @@ from benchmarks.figures import (
     show_run,
     store,
 )
+from benchmarks.guarantees import read_stored, render_soak
 from benchmarks.pages import ROOT, fill_pages
 from utils.evaluation.render import escape
 
@@ -124,7 +125,7 @@ def show_demo(figures: dict[str, Any]) -> dict[str, str]:
 
 def render() -> dict[str, str]:
     """Return what stands between all markers, by name."""
-    contents = run.render() | mistakes.render() | pictures.render()
+    contents = run.render() | mistakes.render() | pictures.render() | render_soak(read_stored())
     for name, group in read_figures().items():
         show = show_demo if name == "demo" else EXPERIMENTS[name][1]
         shown = show_origin(group) | show(group["figures"])

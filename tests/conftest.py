@@ -15,6 +15,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach a network; tests of the 
 
 import pytest
 import torch
+from counts import FILE, record_count
 
 from utils.cli import STOP_SIGNALS, run
 from utils.training import parallel
@@ -28,6 +29,7 @@ torch.set_num_threads(1)  # tiny models are faster so, and results do not depend
 
 def pytest_addoption(parser):
     parser.addoption("--full", action="store_true", help="the full counts of make soak, in place of the quick ones")
+    parser.addoption("--slice", default="1/1", help="k/n: of a test's many trials, every n-th from the k-th on")
     parser.addoption("--books", help="folder of .txt books to climb the ladder with, beside the sample book")
 
 
@@ -35,6 +37,20 @@ def pytest_addoption(parser):
 def amount(request):
     """Choose a count: amount(quick, full) -> the one that this session wants."""
     return lambda quick, full: full if request.config.getoption("--full") else quick
+
+
+@pytest.fixture(scope="session")
+def mine(request):
+    """Choose the trials of this session's slice: mine(items) -> list, all of them without --slice."""
+    number, count = map(int, request.config.getoption("--slice").split("/"))
+    return lambda items: list(items)[number - 1 :: count]
+
+
+def pytest_terminal_summary(terminalreporter):
+    if os.environ.get(FILE):
+        reports = {name: terminalreporter.stats.get(name, []) for name in ("passed", "skipped", "failed", "error")}
+        failures = [f"{one.nodeid}: {one.longreprtext[-500:]}" for one in reports["failed"] + reports["error"]]
+        record_count("tests", passed=len(reports["passed"]), skipped=len(reports["skipped"]), failures=failures)
 
 
 Result = namedtuple("Result", "code out err")

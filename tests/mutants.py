@@ -4,8 +4,9 @@
     python tests/mutants.py mistakes    the wrong lines of benchmarks/mistakes.py, each before the test that guards it
     python tests/mutants.py mutate      small changes in the modules of MUTATED, or in those named
 
-A mutant is a module's source, changed and given to a forked child in place of the file; the child runs the
-tests. Nothing on the disk is touched. Exit status 1: no test failed for a guard, or fewer than 90 % were killed.
+A last word such as 2/8 runs every eighth mutant from the second on. A mutant is a module's source, changed and
+given to a forked child in place of the file; the child runs the tests. Nothing on the disk is touched. Exit status 1:
+no test failed for a guard, or fewer than 90 % were killed.
 """
 
 import ast
@@ -14,13 +15,18 @@ import importlib.abc
 import importlib.util
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from contextlib import suppress
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
+
+from counts import FILE, record_count
 
 ROOT = Path(__file__).resolve().parent.parent
 QUICK = ["tests/test_storage.py", "tests/test_output_dir.py", "tests/training/test_checkpoint.py",
@@ -39,7 +45,10 @@ SLOWER = [
     )
 ]
 MUTATED = ["utils/storage.py", "utils/output_dir.py", "utils/training/checkpoint.py"]
-SECONDS = {True: 90, False: 900}  # for the quick tests alone, and for more
+SECONDS = {
+    True: 90,
+    False: 900,
+}  # of computing, for the quick tests alone, and for more; ten times as long by the clock
 # Module, what is taken out, what stands there instead.
 GUARDS = [
     ("utils/storage.py", "        os.fsync(descriptor)\n", "        pass\n"),
@@ -205,6 +214,10 @@ class Finder(importlib.abc.MetaPathFinder):
         return importlib.util.spec_from_loader(name, loader)
 
 
+def folder_of(pid):
+    return Path(tempfile.gettempdir(), f"mutants-{pid}")
+
+
 def start(path, source, tests):
     """Fork a child that runs tests with a changed module; its exit status is 0 when they pass."""
     pid = os.fork()
@@ -214,16 +227,37 @@ def start(path, source, tests):
     null = os.open(os.devnull, os.O_RDWR)
     for descriptor in range(3):
         os.dup2(null, descriptor)
+    os.environ.pop(FILE, None)  # what a mutant counts is of no use
     sys.meta_path.insert(0, Finder(path, source))
     import pytest
 
-    code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", f"--basetemp=/tmp/mutants-{os.getpid()}", *tests])
+    code = pytest.main(
+        ["-x", "-q", "-p", "no:cacheprovider", f"--basetemp={folder_of(os.getpid())}", *tests], [Notes()]
+    )
     os._exit(int(code))
 
 
+class Notes:
+    """In the child: write down the test that fails."""
+
+    def pytest_runtest_logreport(self, report):
+        if report.failed:
+            note_of(os.getpid()).write_text(report.nodeid)
+
+
+def note_of(pid):
+    return folder_of(pid).with_suffix(".txt")
+
+
+def seconds_used(pid):
+    """Return the seconds that a process has computed, and those of its children that have ended."""
+    times = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:15]
+    return sum(map(int, times)) / os.sysconf("SC_CLK_TCK")
+
+
 def run_all(mutants, at_once=2):
-    """Run (name, path, source, tests) mutants; return the names of those that no test noticed."""
-    waiting, running, survivors, done = list(mutants), {}, [], 0
+    """Run (name, path, source, tests) mutants; return by name which test noticed it, None for none."""
+    waiting, running, found = list(mutants), {}, {}
     patience = SECONDS[all(tests == QUICK for *_, tests in mutants)]
     while waiting or running:
         while waiting and len(running) < at_once:
@@ -231,21 +265,28 @@ def run_all(mutants, at_once=2):
             running[start(*mutant[1:])] = mutant[0], time.monotonic()
         pid, status = os.waitpid(-1, os.WNOHANG)
         for late, (_, began) in running.items():
-            if time.monotonic() - began > patience:
-                with suppress(ProcessLookupError):  # it has just ended
+            with suppress(OSError):  # it has just ended
+                if seconds_used(late) > patience or time.monotonic() - began > 10 * patience:
+                    note_of(late).write_text("it did not end")
                     os.killpg(late, signal.SIGKILL)  # a hang is noticed too
         if not pid:
             time.sleep(0.05)
             continue
         name, _ = running.pop(pid)
-        os.system(f"rm -rf /tmp/mutants-{pid}")
-        done += 1
-        if status == 0:
-            survivors.append(name)
+        found[name] = None
+        if status:
+            found[name] = note_of(pid).read_text() if note_of(pid).exists() else "it could not be imported"
+        else:
             print(f"survived: {name}", flush=True)
-        if done % 50 == 0:
-            print(f"... {done} of {done + len(waiting) + len(running)}", flush=True)
-    return survivors
+        note_of(pid).unlink(missing_ok=True)
+        shutil.rmtree(folder_of(pid), ignore_errors=True)
+        if len(found) % 50 == 0:
+            print(f"... {len(found)} of {len(found) + len(waiting) + len(running)}", flush=True)
+    return found
+
+
+def undetected(found):
+    return [name for name, test in found.items() if test is None]
 
 
 SWAPS = {ast.Eq: ast.NotEq, ast.NotEq: ast.Eq, ast.Lt: ast.GtE, ast.GtE: ast.Lt, ast.Gt: ast.LtE, ast.LtE: ast.Gt,
@@ -322,6 +363,12 @@ def read_mistakes():
     return mutants
 
 
+def order_tests(path):
+    """Return all tests, those of the module's own name first."""
+    own = sorted((ROOT / "tests").rglob(f"test_{Path(path).stem}.py"))
+    return [*dict.fromkeys([*(str(test.relative_to(ROOT)) for test in own), *QUICK, *SLOWER])]
+
+
 def main():
     os.chdir(ROOT)
     sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -332,28 +379,32 @@ def main():
     from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel  # noqa: F401
 
     torch.set_num_threads(1)
-    what, paths = sys.argv[1], sys.argv[2:] or MUTATED
+    what, *paths = sys.argv[1:]
+    number, n_slices = map(int, (paths.pop() if re.fullmatch(r"\d+/\d+", sys.argv[-1]) else "1/1").split("/"))
+    mine = slice(number - 1, None, n_slices)
     if what == "mistakes":
-        mistakes = read_mistakes()
-        survivors = run_all(mistakes)
-        print(f"{len(mistakes)} mistakes planted, {len(mistakes) - len(survivors)} times their guard failed")
+        mistakes = read_mistakes()[mine]
+        found = run_all(mistakes)
+        survivors = undetected(found)
+        record_count("mistakes", planted=len(found), noticed=len(found) - len(survivors), survivors=survivors)
         return bool(survivors)
     if what == "guards":
         mutants = []
-        for path, guard, instead in GUARDS:
+        for path, guard, instead in GUARDS[mine]:
             source = (ROOT / path).read_text(encoding="utf-8")
             assert source.count(guard) == 1, f"{path}: {guard!r} stands there {source.count(guard)} times"
-            tests = [name for name in QUICK + SLOWER if (ROOT / name).exists()]
-            mutants.append((f"{path}: {guard.strip()}", path, source.replace(guard, instead), tests))
-        survivors = run_all(mutants)
-        print(f"{len(mutants)} guards taken out, {len(mutants) - len(survivors)} times a test failed")
+            mutants.append((f"{path}: {guard.strip()}", path, source.replace(guard, instead), order_tests(path)))
+        found = run_all(mutants)
+        survivors = undetected(found)
+        record_count("guards", removed=len(found), noticed=len(found) - len(survivors), by=found)
         return bool(survivors)
-    mutants = {name: (path, source) for path in paths for name, source in mutate(path)}
-    survivors = run_all([(name, *rest, QUICK) for name, rest in mutants.items()])
+    changed = [(name, (path, source)) for path in paths or MUTATED for name, source in mutate(path)]
+    mutants = dict(changed[mine])
+    survivors = undetected(run_all([(name, *rest, QUICK) for name, rest in mutants.items()]))
     print(f"{len(mutants)} mutants, {len(mutants) - len(survivors)} killed by the quick tests; now the slower ones")
-    survivors = run_all([(name, *mutants[name], SLOWER) for name in survivors])
+    survivors = undetected(run_all([(name, *mutants[name], SLOWER) for name in survivors]))
     killed = len(mutants) - len(survivors)
-    print(f"{len(mutants)} mutants, {killed} killed ({killed / len(mutants):.1%})")
+    record_count("mutants", modules=paths or MUTATED, changes=len(mutants), detected=killed, survivors=survivors)
     return killed < 0.9 * len(mutants)
 
 

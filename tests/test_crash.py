@@ -16,7 +16,8 @@ from pathlib import Path
 
 import matplotlib.figure
 import pytest
-from conftest import replace
+from conftest import make_book, replace
+from counts import record_count
 from forked import WRITTEN, Child, digest_files, digest_run, fresh, run_child, strays, undisturbed, workshop  # noqa: F401
 
 import utils.evaluation.loss
@@ -123,6 +124,10 @@ class Case:
         elif how == "lora":
             pytest.importorskip("peft")  # before the forks, so that no child imports it
             self.flags = ["--lora-rank", 2]
+        elif how == "from scratch":
+            self.flags = ["--from-scratch", workshop.model / "config.json"]
+        elif how == "corpus":
+            self.flags = ["--input-path", make_corpus(folder / "corpus"), "--train-tokenizer", 300, "--clean", "all"]
         elif script == "generate":
             self.flags, self.older = (
                 ["--measure", "--num-validation-prompts", 0] if how == "measured" else [],
@@ -178,6 +183,14 @@ class Case:
         return ended
 
 
+def make_corpus(folder):
+    """Write three texts of one folder."""
+    folder.mkdir()
+    for number in range(1, 4):
+        (folder / f"{number}.txt").write_text(make_book(20 * number)[number:])
+    return folder
+
+
 def timeless(path):
     text = path.read_text(encoding="utf-8")
     return re.sub(r'"(seconds|train_runtime|train_tokens_per_second|train/tokens_per_sec)": [\d.e+-]+', "", text)
@@ -218,7 +231,9 @@ def die_in_first_save():
 
 
 CASES = ["prepare", "prepare --overwrite", "finetune", "finetune --overwrite", "finetune stopped", "finetune unsaved",
-         "generate", "generate measured", pytest.param("finetune lora", marks=pytest.mark.slow)]  # fmt: skip
+         "generate", "generate measured",
+         *(pytest.param(name, marks=pytest.mark.slow)
+           for name in ("finetune lora", "finetune from scratch", "prepare corpus"))]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -227,7 +242,7 @@ def case(workshop, undisturbed, tmp_path_factory):  # noqa: F811
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_kill_at_any_file_operation_changes_nothing(case, amount, name):
+def test_a_kill_at_any_file_operation_changes_nothing(case, amount, mine, name):
     case = case(name)
     listing = case.folder / "points.txt"
     case.begin()
@@ -237,14 +252,14 @@ def test_a_kill_at_any_file_operation_changes_nothing(case, amount, name):
     final = [n for n, line in enumerate(points) if re.search(r" (rename|replace) .*(manifest.json|'\)$|/out/\.)", line)]
     turning = r"replace .*/.partial/manifest.json'\) |after (rename .*/.partial'\) |unlink .*/run_config.json)"
     decisive = [n for n, line in enumerate(points) if re.search(turning, line)]
-    chosen = sorted({*range(0, len(points), stride), *final[:: amount(max(1, len(final) // 3), 1)], *decisive})
+    chosen = mine(sorted({*range(0, len(points), stride), *final[:: amount(max(1, len(final) // 3), 1)], *decisive}))
     for point in chosen:
         case.begin()
         ended = run_child(*case.make(case.out, *case.flags), prepare=KillAt(point))
         assert ended.code == -signal.SIGKILL, f"point {point} ({points[point]}): {ended}"
         reached = 0 if case.overwrites or case.script == "generate" else reached_step(case.out)
         case.finish(f"{name}: killed at point {point} ({points[point]})", reached - case.interval)
-    print(f"{name}: killed at {len(chosen):,} of {len(points):,} points: {len(chosen):,} identical")
+    record_count("file operations", kind=name, killed=len(chosen), points=len(points))
 
 
 class Recorder:
@@ -382,16 +397,17 @@ CUTS = {"finetune": (40, 1500), "finetune --overwrite": (6, 300), "finetune stop
 
 
 @pytest.mark.parametrize("name", CUTS)
-def test_a_power_cut_loses_nothing_that_was_saved(case, amount, name):
+def test_a_power_cut_loses_nothing_that_was_saved(case, amount, mine, name):
     case, log, n_states = case(name), case(name).folder / "events.pickle", amount(*CUTS[name])
     case.begin()
     case.run(Recorder(case.out.parent, log))
     events = pickle.loads(log.read_bytes())
     disk, chance, refused = Disk(events[0][2]), random.Random(1), 0
     moments = sorted(chance.choices(range(len(events)), k=n_states))
+    states = mine((moment, trial) for moment in range(len(events)) for trial in range(moments.count(moment)))
     for moment, event in enumerate(events):
         disk.advance(*event)
-        for trial in range(moments.count(moment)):
+        for trial in (trial for at, trial in states if at == moment):
             where = f"{name}: cut at event {moment} of {len(events)}, trial {trial}, after {event[:2]}"
             disk.write(fresh(case.out.parent), random.Random(f"{moment} {trial}"))
             if case.overwrites and trial % 2 == 0:  # someone goes on without the flag: refused, or all is well
@@ -399,8 +415,7 @@ def test_a_power_cut_loses_nothing_that_was_saved(case, amount, name):
             case.finish(where, 0 if case.overwrites or case.script == "generate" else disk.saved)
     lost = [half for change in disk.pending for half in change if half[2] and not half[1].startswith(".")]
     assert not lost, f"{name}: at the end these names are not on the disk: {lost}"
-    print(f"{name}: cut off at {n_states:,} states of {len(events):,} moments: {n_states:,} identical, "
-          f"{refused} refused without --overwrite")  # fmt: skip
+    record_count("power cuts", kind=name, states=len(states), moments=len(events), refused=refused)
 
 
 def kill_around_save(chance, number, after=False):
@@ -433,13 +448,13 @@ def kill_after(command, delay):
     return child.wait()
 
 
-def test_a_kill_at_any_time_loses_at_most_one_interval(case, amount):
-    case, n_trials, lost, killed = case("finetune"), amount(10, 2000), [], 0
+def test_a_kill_at_any_time_loses_at_most_one_interval(case, amount, mine):
+    case, trials, lost, killed = case("finetune"), mine(range(amount(10, 2000))), [], 0
     case.begin()
     started = time.monotonic()
     case.run()
     duration = time.monotonic() - started
-    for trial in range(n_trials):
+    for trial in trials:
         case.begin()
         chance, command = random.Random(trial), case.make(case.out)
         if trial % 4 == 0:
@@ -452,8 +467,9 @@ def test_a_kill_at_any_time_loses_at_most_one_interval(case, amount):
         case.finish(f"trial {trial}", max(saved, reached - case.interval))
         lost.append(reached - saved)
         killed += ended.code != 0
-    assert killed >= n_trials // 2
-    print(f"killed at {killed:,} of {n_trials:,} random times: all identical, at most {max(lost)} steps lost")
+    assert killed >= len(trials) // 2
+    aimed = sum(trial % 4 == 0 for trial in trials)
+    record_count("random times", trials=len(trials), killed=killed, aimed_at_a_save=aimed, most_steps_lost=max(lost))
 
 
 def test_a_run_killed_many_times_in_a_row_is_the_run_never_killed(workshop, tmp_path, amount):  # noqa: F811
@@ -478,7 +494,7 @@ def test_a_run_killed_many_times_in_a_row_is_the_run_never_killed(workshop, tmp_
     assert digest_run(out, steps) == digest_run(undisturbed_out, steps)
     assert timeless(out / "metrics.jsonl") == timeless(undisturbed_out / "metrics.jsonl")
     assert not strays(out)
-    print(f"killed {n_kills} times in a row, the last time with step {saved} of {steps} saved: identical")
+    record_count("in a row", kills=n_kills, last_saved=saved, steps=steps)
 
 
 def stopped_at_start():
@@ -503,14 +519,14 @@ def killed_at_call(command, names, number):
 
 
 @pytest.mark.parametrize("name", ["prepare", "finetune", "generate"])
-def test_a_kill_at_any_system_call_changes_nothing(case, amount, name):
+def test_a_kill_at_any_system_call_changes_nothing(case, amount, mine, name):
     if not amount(False, True):
         pytest.skip("--full")
     if not shutil.which("strace"):
         pytest.skip("needs strace")
     case, counts = case(name), {}
     for names, stride in SYSCALLS.items():
-        for number in range(1, 1_000_000, stride):
+        for number in mine(range(1, 100_000, stride)):
             case.begin()
             ended = killed_at_call(case.make(case.out), names, number)
             if ended.code == 0:
@@ -519,5 +535,5 @@ def test_a_kill_at_any_system_call_changes_nothing(case, amount, name):
             reached = 0 if name == "generate" else reached_step(case.out)
             case.finish(f"{name}: killed at call {number} of {names}", reached - case.interval)
             counts[names] = counts.get(names, 0) + 1
-    assert sum(counts.values()) > 20, counts
-    print(f"{name}: killed at {sum(counts.values()):,} system calls, all identical: {counts}")
+    assert sum(counts.values()) > 4, counts
+    record_count("system calls", kind=name, killed=sum(counts.values()), calls=counts)

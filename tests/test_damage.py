@@ -23,6 +23,7 @@ import datasets
 import pytest
 import safetensors.torch
 import torch
+from counts import record_count
 from forked import (  # noqa: F401
     WRITTEN,
     Child,
@@ -188,7 +189,7 @@ def test_damaged_checkpoint(workshop, undisturbed, stopped, tmp_path, amount):  
         assert ("checkpoint-4" in loaded) == (case in harmless) != ("checkpoint-2" in loaded), (case[:2], loaded)
         assert digest_run(out) == digest_run(undisturbed), case[:2]
         assert not strays(out)
-    print(f"checkpoint damaged in {len(found):,} ways, {len(harmless)} harmless; {len(trials)} runs: all identical")
+    record_count("damage", what="checkpoint", ways=len(found), harmless=len(harmless), runs=len(trials))
 
 
 def test_all_checkpoints_damaged(workshop, stopped, tmp_path, amount):  # noqa: F811
@@ -256,9 +257,7 @@ def test_damaged_data(workshop, undisturbed, tmp_path, amount):  # noqa: F811
             ended = run_child(*workshop.prepare(folder, "--overwrite"))
         assert ended.code == 0, (case[:2], ended.err)
         assert case in harmless or digest_files(folder) == digest_files(workshop.data), case[:2]
-    print(
-        f"data damaged in {len(found):,} ways, {len(harmless)} not seen in the manifest; {len(trials)} runs: all well"
-    )
+    record_count("damage", what="data", ways=len(found), harmless=len(harmless), runs=len(trials))
 
 
 def remove_written(folder):
@@ -300,7 +299,7 @@ def test_damaged_model(workshop, undisturbed, tmp_path, amount):  # noqa: F811
             assert refused(ended, [case.file] if case.file != MANIFEST else []), (case[:2], ended.err)
             assert snapshot(tuned) == before, case[:2]
         (tuned / case.file).write_bytes(good)
-    print(f"model damaged in {len(found):,} ways, {len(harmless)} harmless; {len(trials)} runs: all refused")
+    record_count("damage", what="model", ways=len(found), harmless=len(harmless), runs=len(trials))
 
 
 def test_no_code_runs_what_it_reads():
@@ -518,7 +517,7 @@ def test_hostile_models(workshop, undisturbed, tmp_path, amount):  # noqa: F811
                 (model / made).unlink(missing_ok=True)
             assert snapshot(model) == before, (name, command[0])
             count += 1
-    print(f"{len(refusals)} hostile and {len(harmless)} harmless folders opened {count} times: no code ran")
+    record_count("hostile folders", folders=len(refusals) + len(harmless), hostile=len(refusals), opened=count)
 
 
 def machine():
@@ -602,7 +601,7 @@ def test_places(workshop, undisturbed, tmp_path, amount):  # noqa: F811
             assert snapshot(home, [out]) == before, (command[0], limit)
             assert log.read_text() == "", (command[0], limit)
         shutil.rmtree(out)
-    print(f"killed at {kills:,} points: nothing outside touched")
+    record_count("places", kills=kills)
 
 
 def test_links(workshop, stopped, undisturbed, tmp_path):  # noqa: F811

@@ -22,6 +22,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from counts import record_count
 from forked import Child, Ended, digest_run, fresh, run_child, undisturbed, workshop  # noqa: F401
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
@@ -84,11 +85,12 @@ def check_ended(ended):
     assert all(8 < len(line) <= 240 for line in errors), ended
 
 
-def fuzz(count, name, example, work, check, folder, known=(), seconds=20):
+def fuzz(count, mine, name, example, work, check, folder, known=(), seconds=20):
     """Let Hypothesis make examples.
 
     Args:
         count: how many.
+        mine: chooses those of this session.
         name: of the target, for the summary.
         example: the strategy.
         work: work(example, folder), run in a child; what it prints is what it accepted.
@@ -112,6 +114,7 @@ def fuzz(count, name, example, work, check, folder, known=(), seconds=20):
             yield bool(check(one, ended))
 
     collect()
+    examples = mine(examples)
     for start in range(0, len(examples), BATCH):
         batch = examples[start : start + BATCH]
         try:
@@ -126,7 +129,7 @@ def fuzz(count, name, example, work, check, folder, known=(), seconds=20):
                     break
             pytest.fail(f"{name}: {found}", pytrace=False)
     assert 0 < accepted < len(examples), f"{name}: {accepted} of {len(examples)} accepted, so one side is not tried"
-    print(f"{name}: {len(examples):,} examples, {accepted:,} accepted with the right result, the others refused")
+    record_count("fuzz", target=name, examples=len(examples), accepted=accepted)
 
 
 # Bytes of books: plain text with what is special in it, in several encodings, damaged or not.
@@ -171,7 +174,7 @@ def read_plainly(raw):
     return None if "\0" in text or not text.strip() or raw[:4] in (b"%PDF", b"PK\x03\x04") else text
 
 
-def test_books(workshop, tmp_path, amount):  # noqa: F811
+def test_books(workshop, tmp_path, amount, mine):  # noqa: F811
     """A book is accepted if and only if it is UTF-8 text, and its segments and tokens are the whole of it."""
     tokenizer = Tokenizer.from_file(str(workshop.model / "tokenizer.json"))
     tokenizer.encode_special_tokens = True
@@ -207,7 +210,7 @@ def test_books(workshop, tmp_path, amount):  # noqa: F811
             assert ended.code or "".join(json.loads(ended.out)) == text, ended
         return not ended.code
 
-    fuzz(amount(300, 20_000), "books", books(), work, check, tmp_path)
+    fuzz(amount(300, 20_000), mine, "books", books(), work, check, tmp_path)
 
 
 # Damage to folders: bytes changed or cut, files removed or replaced, JSON values of other types and sizes.
@@ -306,7 +309,7 @@ def digest(*tensors):
     ).hexdigest()
 
 
-def test_prepared_folders(workshop, tmp_path, amount):  # noqa: F811
+def test_prepared_folders(workshop, tmp_path, amount, mine):  # noqa: F811
     """Damaged blocks are refused; an attacker's, with checksums that agree, are too, or are as the manifest says."""
     model = SimpleNamespace(config=SimpleNamespace(to_dict=lambda: {"n_positions": 48}),
                             get_input_embeddings=lambda: torch.nn.Embedding(300, 1))  # fmt: skip
@@ -344,7 +347,7 @@ def test_prepared_folders(workshop, tmp_path, amount):  # noqa: F811
     # The Arrow files are most of the danger and few of the files.
     files = [*names_of(workshop.data), *["train/data-00000-of-00001.arrow", MANIFEST] * 3]
     example = st.tuples(damaged(files), st.booleans())
-    fuzz(amount(300, 20_000), "prepared folders", example, work, check, tmp_path)
+    fuzz(amount(300, 20_000), mine, "prepared folders", example, work, check, tmp_path)
 
 
 @pytest.fixture(scope="module")
@@ -357,7 +360,7 @@ def broken_off(workshop):  # noqa: F811
     return out
 
 
-def test_checkpoints(workshop, undisturbed, broken_off, tmp_path, amount):  # noqa: F811
+def test_checkpoints(workshop, undisturbed, broken_off, tmp_path, amount, mine):  # noqa: F811
     """A damaged checkpoint is passed over; an attacker's is refused or has the shapes of the model."""
     train = finetune_generative.train
 
@@ -409,7 +412,7 @@ def test_checkpoints(workshop, undisturbed, broken_off, tmp_path, amount):  # no
         ([("trainer_state.json", ("json", [0], "step", 48))], True, False),
         ([("trainer_state.json", ("json", [0], "seconds", float("inf")))], True, True),
     ]
-    fuzz(amount(50, 20_000), "checkpoints", example, work, check, tmp_path, known)
+    fuzz(amount(50, 20_000), mine, "checkpoints", example, work, check, tmp_path, known)
 
 
 MEANINGFUL = {
@@ -421,7 +424,7 @@ MEANINGFUL = {
 }  # fmt: skip
 
 
-def test_models(workshop, tmp_path, amount):  # noqa: F811
+def test_models(workshop, tmp_path, amount, mine):  # noqa: F811
     """A model folder is refused, or computes what it did and can be trained, saved and loaded again."""
     text = "Day 1. Ada went to the mill.\n\n  It was 37 steps away, caf\u00e9! <|endoftext|>"
 
@@ -476,7 +479,7 @@ def test_models(workshop, tmp_path, amount):  # noqa: F811
         [("tokenizer_config.json", ("json", [0], "model_max_length", [[]]))],
         [("tokenizer_config.json", ("json", [0], "x", "\ud800"))],
     ]
-    fuzz(amount(80, 20_000), "models", damaged(files), work, check, tmp_path, known)
+    fuzz(amount(80, 20_000), mine, "models", damaged(files), work, check, tmp_path, known)
 
 
 SCRIPTS = {"prepare_data": prepare_data, "finetune_generative": finetune_generative, "generate_text": generate_text}
@@ -517,7 +520,7 @@ def commands(draw):
     return name, words, pairs
 
 
-def test_command_lines(tmp_path, amount):
+def test_command_lines(tmp_path, amount, mine):
     """A command line is refused in one line, or every value arrives as it was given."""
 
     def work(example, folder):
@@ -548,7 +551,7 @@ def test_command_lines(tmp_path, amount):
                 assert value == got or str(Path(value)) in (got if isinstance(got, list) else [got]) or value in got
         return True
 
-    fuzz(amount(500, 20_000), "command lines", commands(), work, check, tmp_path, seconds=5)
+    fuzz(amount(500, 20_000), mine, "command lines", commands(), work, check, tmp_path, seconds=5)
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

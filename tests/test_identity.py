@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import replace
+from counts import record_count
 from forked import Workshop, digest_files, digest_run, digest_tensors, fresh, run_child, strays, undisturbed, workshop  # noqa: F401
 from safetensors.torch import load_file, save_file
 
@@ -59,7 +60,7 @@ def digest_last(out, step=6):
 @pytest.mark.parametrize("workers", [0, 1, 2, 4])
 def test_resumed_equals_straight(workshop, tmp_path, amount, workers):  # noqa: F811
     """At whatever step a run is stopped, however its batches are loaded and accumulated."""
-    length, n_ngrams = amount(6, 41), 0
+    length, n_runs = amount(6, 41), 0
     for accumulation in amount([4 if workers % 4 else 1], [1, 4]):
         flags = ["--max-steps", length, "--num-workers", workers, "--grad-accum-steps", accumulation]
         straight = workshop.folder / f"straight-{length}-{accumulation}"
@@ -73,8 +74,8 @@ def test_resumed_equals_straight(workshop, tmp_path, amount, workers):  # noqa: 
             where = f"stopped at {stop} of {length}, {workers} workers, {accumulation} micro-batches"
             assert digest_run(tmp_path / "run", length) == digest_run(straight, length), where
             assert measured(tmp_path / "run") == measured(straight), where
-            n_ngrams += 1
-    print(f"{workers} workers: {n_ngrams} runs stopped and continued, all identical")
+            n_runs += 1
+    record_count("resumed", workers=workers, runs=n_runs)
 
 
 WATCHED = {
@@ -390,7 +391,7 @@ def test_value_that_is_not_finite_stops_the_run_and_reaches_no_file(workshop, tm
         assert not strays(tmp_path / "run")
         ran(command)
         assert digest_run(tmp_path / "run", length) == digest_run(straight, length), (where, step)
-    print(f"{where}: {len(steps)} bad values, all stopped before a file and made up for")
+    record_count("not finite", where=where, values=len(steps))
 
 
 def test_absurd_learning_rate_ends_in_words_or_finite(workshop, tmp_path):  # noqa: F811

@@ -22,6 +22,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import replace
+from counts import record_count
 from forked import Child, digest_run, fresh, run_child, strays, undisturbed, workshop  # noqa: F401
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -93,16 +94,18 @@ def read_rows(folder):
 
 
 def check_same_run(one, other, loss=1e-6, weights=1e-5):
-    """Check that two runs have the same losses (relative) and the same last weights (absolute)."""
-    pairs = list(zip(read_rows(one), read_rows(other), strict=True))
+    """Check that two runs have the same losses (relative) and last weights (absolute); return rows and differences."""
+    differences, pairs = [0.0], list(zip(read_rows(one), read_rows(other), strict=True))
     for before, after in pairs:
         assert before.keys() == after.keys()
         for name in {"train/loss", "eval/loss", "train/grad_norm"} & before.keys():
             assert after[name] == pytest.approx(before[name], rel=loss), (name, before["step"])
+            differences.append(abs(after[name] / before[name] - 1))
     first, second = (load_file(folder / "model.safetensors") for folder in (one, other))
     assert first.keys() == second.keys()
-    assert max((first[name] - second[name]).abs().max().item() for name in first) <= weights
-    return len(pairs)
+    of_weights = max((first[name] - second[name]).abs().max().item() for name in first)
+    assert of_weights <= weights
+    return len(pairs), max(differences), of_weights
 
 
 def said(ended):
@@ -118,7 +121,9 @@ def test_same_losses_for_any_number_of_processes(workshop, amount):  # noqa: F81
         check_all(run_group(n, workshop.finetune(folder, *flags), timeout=300))
         assert not strays(folder)
     for n in (2, 4):
-        assert check_same_run(folders[1], folders[n]) > steps
+        rows, losses, weights = check_same_run(folders[1], folders[n])
+        assert rows > steps
+        record_count("processes", number=n, most_steps=steps, most_loss=losses, most_weight=weights)
         names = {path.relative_to(folders[n]).as_posix() for path in folders[n].rglob("*")}
         assert names == {path.relative_to(folders[1]).as_posix() for path in folders[1].rglob("*")}
 
@@ -232,7 +237,7 @@ def test_processes_take_over_from_each_other(workshop):  # noqa: F811
         assert "saved; run the same command to resume" in ended[0].out
     ended = check_all(run_group(1, command))
     assert "warning: not bit-identical from here: processes 1, was 4" in ended[0].err
-    assert check_same_run(whole, out) == 43
+    assert check_same_run(whole, out)[0] == 43
 
 
 def test_as_many_processes_resume_to_the_bit(workshop):  # noqa: F811
@@ -257,7 +262,7 @@ def test_an_adapter_is_the_same_for_any_number_of_processes(workshop):  # noqa: 
         check_all(run_group(n, workshop.finetune(folder, *flags)))
         assert not strays(folder)
     for n in (2, 4):
-        assert check_same_run(folders[1], folders[n]) > 12
+        assert check_same_run(folders[1], folders[n])[0] > 12
         names = {path.relative_to(folders[n]).as_posix() for path in folders[n].rglob("*")}
         assert names == {path.relative_to(folders[1]).as_posix() for path in folders[1].rglob("*")}
     out = fresh(workshop.folder / "adapter-resumed")
@@ -370,6 +375,7 @@ def test_a_killed_process_ends_all_and_the_same_command_resumes(workshop, amount
         check_all(run_group(2, workshop.finetune(out, *flags)))
         check_same_run(whole, out)
         assert not strays(out)
+    record_count("killed processes", rank=rank, kills=trial + 1)
 
 
 def test_a_signal_to_all_saves_once(workshop):  # noqa: F811
@@ -459,7 +465,7 @@ def test_process_0_alone_reads_the_model_and_has_the_folder_of_the_run(workshop)
     group.kill(signal.SIGTERM)
     check_all(group.wait(), 143)
     check_all(run_group(2, commands, read_nothing))
-    assert check_same_run(whole, out)
+    assert check_same_run(whole, out)[0]
     assert not nowhere.exists()
 
 
@@ -608,7 +614,7 @@ def test_two_machines(workshop, tmp_path):  # noqa: F811
     codes, text = Machines(commands, tmp_path).wait()
     assert codes == [0, 0], text
     assert text.count("resuming from step") == text.count("best model: ") == 1
-    assert check_same_run(whole, out) > 60
+    assert check_same_run(whole, out)[0] > 60
     assert not strays(out)
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import replace
+from counts import record_count
 from forked import Child, digest_files, digest_run, fresh, run_child, strays, undisturbed, workshop  # noqa: F401
 from test_disk import before
 
@@ -140,11 +141,11 @@ def kind(request, workshop, undisturbed, tmp_path):  # noqa: F811
     return request.param, make(out), out, begin, digest, digest(out), min(seconds)
 
 
-def test_signals_at_random_moments(kind, amount):
+def test_signals_at_random_moments(kind, amount, mine):
     name, command, out, begin, digest, expected, seconds = kind
-    rng, count, finished = random.Random(SEED), amount(9 if name == "finetune" else 6, 600), 0
-    for trial in range(count):
-        number, delay = SIGNALS[trial % 3], rng.uniform(0, seconds)
+    trials, finished = mine(range(amount(9 if name == "finetune" else 6, 600))), 0
+    for trial in trials:
+        number, delay = SIGNALS[trial % 3], random.Random(f"{SEED} {trial}").uniform(0, seconds)
         where = f"{name}, trial {trial} of seed {SEED}, signal {number} after {delay:.4f} s"
         begin()
         ready = Gate()
@@ -160,8 +161,8 @@ def test_signals_at_random_moments(kind, amount):
         else:
             check_stopped(ended, number, out, where)
         check_goes_on(command, out, digest, expected, where)
-    assert finished < count
-    print(f"{name}: {count} signals, {finished} after the end: {count} identical")
+    assert finished < len(trials)
+    record_count("signals", kind=name, sent=len(trials), after_the_end=finished)
 
 
 # Where a training is when the signal comes: the function, which call of it, and whether the loop has begun.
@@ -329,7 +330,7 @@ def test_simultaneous_starts(kind, amount):
         assert digest(out) == expected, where
         assert not strays(out), where
     assert refused >= count
-    print(f"{name}: {count} simultaneous starts, {refused} refused: {count} identical")
+    record_count("simultaneous starts", kind=name, starts=count, refused=refused)
 
 
 def test_a_lock_file_that_went_away_locks_nobody_out(workshop, tmp_path):  # noqa: F811
@@ -417,7 +418,7 @@ def test_readers_see_the_old_or_the_new_model(workshop, tmp_path, amount):  # no
     assert [end.code for end in ends] == [0, 0], ends
     loads, different = (sum(int(end.out.split()[i]) for end in ends) for i in range(2))
     assert different > count / 4
-    print(f"{count} publishes, {loads} loads, {different} of them of another model than before: none mixed")
+    record_count("readers", publishes=count, loads=loads, changed=different)
 
 
 def test_a_writer_killed_inside_a_publish(workshop, tmp_path, amount):  # noqa: F811
@@ -447,7 +448,7 @@ def test_a_writer_killed_inside_a_publish(workshop, tmp_path, amount):  # noqa: 
     assert first > 20
     assert publish(out, workshop, [3.0]).wait().code == 0
     assert (read_value(out), strays(out)) == (3, [])
-    print(f"a publish killed at {count} pairs of places: always one whole model")
+    record_count("killed publishes", pairs=count)
 
 
 def test_a_long_run_needs_no_more_than_a_short_one(workshop, tmp_path, amount):  # noqa: F811
@@ -479,6 +480,5 @@ def test_a_long_run_needs_no_more_than_a_short_one(workshop, tmp_path, amount): 
     most_on_disk = max(n for *_, n in saves)
     assert most_on_disk == keep + 1, "checkpoints at a time"
     grown = settled[-1][0] / settled[0][0] - 1
-    figures = f"memory {grown:+.2%}, {settled[0][1]} open files, {most_on_disk} checkpoints"
-    print(f"{steps} updates, {len(saves)} saves: {figures}")
+    record_count("long run", steps=steps, saves=len(saves), memory_grown=grown, checkpoints=most_on_disk)
     assert amount(True, grown <= 0.01), f"memory grew by {grown:.2%}"

@@ -12,6 +12,7 @@ from collections import namedtuple
 import numpy as np
 import pytest
 from conftest import make_book
+from counts import record_count
 from forked import Child, digest_files, run_child, strays, workshop  # noqa: F401
 from languages import make_text
 from test_tokenizer import segment, semicolon_bpe
@@ -347,7 +348,7 @@ def test_killed_at_any_time_it_ends_as_if_undisturbed(workshop, tmp_path, amount
     started = time.monotonic()
     assert run_child(*command, prepare=limits).code == 0
     seconds, wanted = time.monotonic() - started, digest_files(out)
-    for _ in range(amount(1, 100)):
+    for _ in range(count := amount(1, 100)):
         shutil.rmtree(out)
         for _ in range(2):
             child = Child(*command, prepare=limits)
@@ -357,6 +358,7 @@ def test_killed_at_any_time_it_ends_as_if_undisturbed(workshop, tmp_path, amount
         assert run_child(*command, prepare=limits).code == 0
         assert digest_files(out) == wanted
         assert not strays(out)
+    record_count("corpus", kills=2 * count)
 
 
 def test_a_workers_own_error_arrives_as_it_was():

@@ -14,6 +14,7 @@ import zipfile
 
 import pytest
 from conftest import make_book
+from counts import record_count
 
 from utils.data import formats
 from utils.data.blocks import open_blocks
@@ -417,12 +418,13 @@ def test_nothing_is_fetched_and_nothing_is_written(prepare, tmp_path, monkeypatc
 @pytest.mark.parametrize("suffix", [".epub", ".docx"])
 def test_damaged_archives_give_a_text_or_one_line(suffix, amount):
     raw, rng = make_files(write_chapters(3, 3))[suffix], random.Random(1)
-    for _ in range(amount(10, 1_000)):
+    for _ in range(count := amount(10, 1_000)):
         damaged = bytearray(raw)
         for _ in range(rng.choice([1, 3, 30])):
             damaged[rng.randrange(len(damaged))] = rng.randrange(256)
         with contextlib.suppress(UserError):
             assert isinstance(convert(bytes(damaged), suffix), str)
+    record_count("archives", kind=suffix, damaged=count)
 
 
 def test_a_folder_has_text_files_only(prepare, script, tmp_path, tiny_model):
