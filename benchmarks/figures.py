@@ -8,7 +8,6 @@ import datetime
 import json
 import math
 import re
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -193,17 +192,6 @@ def store(name: str, commit: str, figures: dict[str, Any]) -> None:
              "versions": machine.pop("versions"), "figures": figures}  # fmt: skip
     FIGURES.write_text(
         json.dumps(read_figures() | {name: group}, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-    )
-
-
-def describe_commit() -> str:
-    """Return the commit that runs, marked if code or data of the working tree differ from it; pages may differ."""
-
-    def ask(*words: str) -> str:
-        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
-
-    return (ask("rev-parse", "--short=10", "HEAD") or "unknown") + "-dirty" * bool(
-        ask("status", "--porcelain", "*.py", "results")
     )
 
 

@@ -23,7 +23,6 @@ from safetensors.torch import load_file
 from benchmarks import experiments, mistakes, pictures, run
 from benchmarks.figures import (
     collect_run,
-    describe_commit,
     list_excerpts,
     read_figures,
     show_lines,
@@ -135,7 +134,7 @@ def render() -> dict[str, str]:
 
 def run_experiment(name: str, folder: Path, inputs: experiments.Inputs) -> None:
     """Run the demo or an experiment, store its figures and fill the pages."""
-    commit = describe_commit()  # before the run changes a page
+    commit = run.describe_commit("*.py", "results")  # before the run changes a page
     if name == "demo":
         printed, seconds = run_demo(folder / name)
         figures = collect(folder / name, printed, seconds)

@@ -15,7 +15,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from benchmarks.pages import fill_pages, name_marker
+from benchmarks.pages import ROOT, fill_pages, name_marker
 
 HERE = Path(__file__).parent
 NAMES = ["training", "levers", "generation", "preparation", "startup", "saving", "forecast", "growth"]
@@ -41,6 +41,15 @@ def describe_machine() -> dict:
         "system": platform.system(),
         "versions": {"python": platform.python_version(), **versions},
     }
+
+
+def describe_commit(*paths: str) -> str:
+    """Return the commit that runs, marked if files of these paths differ from it."""
+    asked = ["rev-parse", "--short=10", "HEAD"], ["status", "--porcelain", "--", *paths]
+    commit, changes = (
+        subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=False).stdout for words in asked
+    )
+    return (commit.strip() or "unknown") + "-dirty" * bool(changes)
 
 
 def describe(value: float) -> str:

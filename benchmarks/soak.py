@@ -22,6 +22,7 @@ from pathlib import Path
 
 from benchmarks.guarantees import PARTS, STORED, Part, read_stored, render_soak
 from benchmarks.pages import ROOT, fill_pages
+from benchmarks.run import describe_commit
 from utils.storage import write_text
 
 NICENESS = 15
@@ -41,14 +42,6 @@ def state_of(part: Part, stored: dict[str, dict]) -> str:
     """Return 'never run', 'of older code', or how the part ended with this code."""
     known = stored.get(part.name)
     return "never run" if not known else known["state"] if known["code"] == hash_code(part) else "of older code"
-
-
-def describe_commit() -> str:
-    """Return the commit, marked if the tested code differs from it; what the soak writes is no difference."""
-    commit, changes = (subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-                       for words in (("rev-parse", "--short=10", "HEAD"),
-                                     ("status", "--porcelain", "--", ":(glob)*.py", "utils", "tests")))  # fmt: skip
-    return (commit or "unknown") + "-dirty" * bool(changes)
 
 
 def list_tree(root: int) -> list[int]:
@@ -81,7 +74,8 @@ def end_tree(root: int) -> None:
 
 def run_part(part: Part) -> dict:
     """Run a part; return what is stored of it."""
-    found = {"command": f"python {part.command}", "commit": describe_commit(), "code": hash_code(part),
+    commit = describe_commit(":(glob)*.py", "utils", "tests")
+    found = {"command": f"python {part.command}", "commit": commit, "code": hash_code(part),
              "date": datetime.date.today().isoformat()}  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="soak-", ignore_cleanup_errors=True) as folder:
         counts, began = Path(folder) / "counts.jsonl", time.monotonic()
