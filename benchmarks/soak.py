@@ -44,8 +44,8 @@ def state_of(part: Part, stored: dict[str, dict]) -> str:
     return "never run" if not known else known["state"] if known["code"] == hash_code(part) else "of older code"
 
 
-def list_tree(root: int) -> list[int]:
-    """Return a process and all that it has started, in whatever session that is."""
+def list_descendants(root: int) -> set[int]:
+    """Return the processes that a process has started, and those have, in whatever session that is."""
     children: dict[int, list[int]] = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):
@@ -54,11 +54,11 @@ def list_tree(root: int) -> list[int]:
     tree = [root]
     for pid in tree:  # which grows
         tree += children.get(pid, [])
-    return tree
+    return {*tree} - {root}
 
 
-def end_tree(root: int) -> None:
-    """End a process and all that it has started."""
+def end_descendants() -> None:
+    """End all that this process has started."""
 
     def send(number: int, pids: set[int]) -> None:
         for pid in pids:
@@ -66,7 +66,7 @@ def end_tree(root: int) -> None:
                 os.kill(pid, number)
 
     stopped: set[int] = set()
-    while new := {*list_tree(root)} - stopped:  # those that are stopped start no others
+    while new := list_descendants(os.getpid()) - stopped:  # those that are stopped start no others
         send(signal.SIGSTOP, new)
         stopped |= new
     send(signal.SIGKILL, stopped)
@@ -80,15 +80,8 @@ def run_part(part: Part) -> dict:
     with tempfile.TemporaryDirectory(prefix="soak-", ignore_cleanup_errors=True) as folder:
         counts, began = Path(folder) / "counts.jsonl", time.monotonic()
         environment = os.environ | {"SOAK_COUNTS": str(counts), "TMPDIR": folder}
-        child = subprocess.Popen(
-            [sys.executable, *shlex.split(part.command)], cwd=ROOT, env=environment, start_new_session=True
-        )
-        try:
-            code = child.wait()
-        finally:
-            if child.poll() is None:
-                end_tree(child.pid)
-                child.wait()
+        command = [sys.executable, *shlex.split(part.command)]
+        code = subprocess.run(command, cwd=ROOT, env=environment, start_new_session=True, check=False).returncode
         text = counts.read_text() if counts.is_file() else ""
         rows = [json.loads(line) for line in text.replace(f"{ROOT}/", "").replace(folder, "TMP").splitlines()]
     found |= {"seconds": round(time.monotonic() - began), "exit": code}
@@ -109,6 +102,7 @@ def store(part: Part, found: dict) -> None:
 
 
 def stop(number: int, _frame: object) -> None:
+    end_descendants()  # here: the signal may come while a child is being started, before anything knows of it
     sys.exit(128 + number)
 
 

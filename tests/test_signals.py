@@ -195,15 +195,15 @@ def test_a_signal_at_a_known_moment(workshop, undisturbed, tmp_path, owner, name
 @pytest.mark.parametrize("number", SIGNALS)
 @pytest.mark.parametrize("script", ["prepare_data", "finetune_generative", "generate_text"])
 def test_a_signal_during_the_imports_ends_in_one_line(tmp_path, script, number):
-    for name in ("torch", "transformers", "datasets", "tqdm"):  # whichever is imported first takes a minute
-        (tmp_path / f"{name}.py").write_text("import time; print('importing', flush=True); time.sleep(60)")
+    for name in ("torch", "transformers", "datasets", "tqdm"):  # whichever is imported first takes long
+        (tmp_path / f"{name}.py").write_text("import time; print('importing', flush=True); time.sleep(600)")
     path = os.pathsep.join([str(tmp_path), str(ROOT)])
     command = [sys.executable, "-c", f"import runpy; runpy.run_path({str(ROOT / script)!r} + '.py', {{}}, '__main__')"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                           env={**os.environ, "PYTHONPATH": path}) as started:  # fmt: skip
         assert started.stdout.readline() == "importing\n"
         started.send_signal(number)
-        _, said = started.communicate(timeout=10)
+        _, said = started.communicate(timeout=60)
     assert (started.returncode, said) == (
         128 + number,
         "stopped; finished work is saved, run the same command to resume\n",

@@ -28,7 +28,7 @@ SCRIPTS = {
 import subprocess, pathlib
 here = pathlib.Path(__file__).parent
 if not (here / "go").exists():
-    child = subprocess.Popen(["sleep", "99"], start_new_session=True)
+    child = subprocess.Popen(["sleep", "600"], start_new_session=True)
     (here / "part").write_text(str(child.pid))
     (here / "part").rename(here / "pid")
     child.wait()
@@ -65,7 +65,7 @@ def test_a_stopped_soak_leaves_nothing_running_and_resumes(tmp_path):
     assert stored["first"]["counts"] == [{"name": "x", "n": 3}]
     assert (tmp_path / "filled").exists()
     soak.send_signal(signal.SIGTERM)
-    printed, _ = soak.communicate(timeout=20)
+    printed, _ = soak.communicate(timeout=60)
     assert soak.returncode == 143, printed
     grandchild = Path(f"/proc/{(tmp_path / 'pid').read_text()}/stat")
     assert not grandchild.exists() or " Z " in grandchild.read_text()
