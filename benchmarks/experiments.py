@@ -6,7 +6,6 @@ the other returns them as the pages show them. benchmarks/notes.py runs them by 
 
 import functools
 import json
-import math
 import re
 import shutil
 import subprocess
@@ -14,14 +13,25 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.figures import COUNT, LOSS, SHARE, collect_run, list_excerpts, make_table, show, show_lines, show_run
+from benchmarks.figures import (
+    COUNT,
+    LOSS,
+    SHARE,
+    collect_run,
+    count_steps,
+    list_excerpts,
+    make_table,
+    show,
+    show_lines,
+    show_run,
+)
 from benchmarks.pages import ROOT, name_marker
 from benchmarks.scale import run_scale, show_scale
 
 BASE, SAMPLE = ROOT / "results/base_model", ROOT / "results/data/book.txt"
 TITLES = {"book": "The Log of Skerrow Light", "a_christmas_carol": "A Christmas Carol",
           "tinyshakespeare": "Tiny Shakespeare"}  # fmt: skip
-EPOCHS = {"book": 6, "a_christmas_carol": 3, "tinyshakespeare": 1}  # of other books: 3
+EPOCHS = {"book": 6, "a_christmas_carol": 3, "tinyshakespeare": 1}
 LEARNING_RATE = "3e-4"
 RATES, RANK_RATES = ("1e-4", "3e-4", "1e-3", "3e-3"), ("1e-3", "3e-3", "1e-2")
 RANKS, RANK_RATE = (4, 16, 64), "3e-3"
@@ -44,7 +54,7 @@ HELD_OUT = [
 
 
 class Inputs(NamedTuple):
-    """What the project does not contain: further books, a corpus of books, a larger pre-trained model."""
+    """What the project does not contain: the further books of TITLES, a corpus of books, a larger pre-trained model."""
 
     books: list[Path]
     corpus: Path | None = None
@@ -71,9 +81,9 @@ def train(folder: Path, book: Path, *flags: Any, learning_rate: str = LEARNING_R
     """Fine-tune the embedded base model on a book, evaluated once per epoch; return the output folder."""
     data = prepare(folder, book)
     model = folder / book.stem / name_marker(f"{learning_rate} {flags}")
-    per_epoch = math.ceil(read(data / "manifest.json")["splits"]["train"]["blocks"] / 8)
+    per_epoch = count_steps(read(data / "manifest.json"), 8)
     run_script("finetune_generative", "--data-dir", data, "--output-dir", model, "--learning-rate", learning_rate,
-               "--epochs", EPOCHS.get(book.stem, 3), "--eval-every", per_epoch, *flags)  # fmt: skip
+               "--epochs", EPOCHS[book.stem], "--eval-every", per_epoch, *flags)  # fmt: skip
     return model
 
 
@@ -127,7 +137,7 @@ def show_decodings(figures: dict[str, Any]) -> dict[str, str]:
     }
     rows = [[decoding, *(cell(of[decoding]) for of in runs.values())] for decoding in DECODINGS]
     rows.append(["the author", *(cell(next(iter(of.values())), "_author") for of in runs.values())])
-    return {"table": make_table(" | ".join(["decoding", *(TITLES.get(book, book) for book in runs)]), rows)}
+    return {"table": make_table(" | ".join(["decoding", *(TITLES[book] for book in runs)]), rows)}
 
 
 def run_lora(folder: Path, inputs: Inputs) -> dict[str, Any]:
@@ -160,8 +170,8 @@ def show_lora(figures: dict[str, Any]) -> dict[str, str]:
             rows.append([TITLES[book], name, *(f"{size / 1e6:.1f}" for size in run["bytes"]),
                          *(shown[key] for key in ("loss", "style_gain", "gap", "auc_value", "copied_8", "unknown",
                                                   "forgetting_value"))])  # fmt: skip
-            lost.append(run["loss"] - of["runs"]["all weights"]["loss"])
-    lost = [loss for loss in lost if loss]
+            if name != "all weights":
+                lost.append(run["loss"] - of["runs"]["all weights"]["loss"])
     return {
         "rates": make_table(f"book | >all weights, {LEARNING_RATE} | "
                             + " | ".join(f">rank 16, {rate}" for rate in figures["book"]["rates"]), rates),
@@ -191,18 +201,13 @@ def run_ladder(folder: Path, inputs: Inputs) -> dict[str, Any]:
     (folder / "books").mkdir()
     for book in inputs.books:
         shutil.copy(book, folder / "books")
-    return read_tables("tests/test_ladder.py", *(["--books", folder / "books"] if inputs.books else []))
+    return read_tables("tests/test_ladder.py", "--books", folder / "books")
 
 
 def run_base(folder: Path, inputs: Inputs) -> dict[str, Any]:
     """Score the embedded base model on the books that it was not trained on, as an evaluation at step 0."""
-    if not inputs.corpus:
-        raise SystemExit("error: base needs --corpus FOLDER")
-    books, data, model = (
-        [inputs.corpus / f"{name}.txt" for name in HELD_OUT],
-        folder / "base/blocks",
-        folder / "base/run",
-    )
+    books = [inputs.corpus / f"{name}.txt" for name in HELD_OUT]
+    data, model = folder / "base/blocks", folder / "base/run"
     run_script("prepare_data", "--input-path", SAMPLE, "--val-path", *books, "--model-name", BASE, "--block-size", 512,
                "--output-dir", data)  # fmt: skip
     run_script("finetune_generative", "--data-dir", data, "--output-dir", model, "--max-steps", 1, "--dtype", "fp32",
@@ -216,8 +221,6 @@ def show_base(figures: dict[str, Any]) -> dict[str, str]:
 
 
 def run_faults(_folder: Path, inputs: Inputs) -> dict[str, Any]:
-    if not inputs.corpus:
-        raise SystemExit("error: faults needs --corpus FOLDER")
     return read_tables("tests/data/test_doctor.py", "--books", inputs.corpus)
 
 
@@ -240,8 +243,6 @@ def show_tables(figures: dict[str, list[str]]) -> dict[str, str]:
 
 def run_larger(folder: Path, inputs: Inputs) -> dict[str, Any]:
     """With all flags at their defaults; the excerpt is of the first prompt that the author continues."""
-    if not inputs.model or not inputs.books:
-        raise SystemExit("error: larger needs --model FOLDER and --books FOLDER")
     book, data, model = inputs.books[0], folder / "larger/blocks", folder / "larger/model"
     run_script("prepare_data", "--input-path", book, "--model-name", inputs.model, "--output-dir", data)
     run_script("finetune_generative", "--data-dir", data, "--output-dir", model)
@@ -276,3 +277,6 @@ EXPERIMENTS = {
     "larger": (run_larger, show_larger),
     "scale": (run_scale, show_scale),
 }
+# Name: the inputs that it cannot do without.
+NEEDS = {"books": ["books"], "decodings": ["books"], "lora": ["books"], "ladder": ["books"], "base": ["corpus"],
+         "faults": ["corpus"], "larger": ["books", "model"]}  # fmt: skip

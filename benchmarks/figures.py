@@ -131,9 +131,13 @@ def collect_run(data: Path, model: Path, **extra: Any) -> dict[str, Any]:
     report = run["report"]
     for column, (low, high) in report.get("intervals", {}).get("delta", {}).items():
         report["delta"][column] = {"value": report["delta"][column], "low": low, "high": high}
-    per_epoch = math.ceil(run["manifest"]["splits"]["train"]["blocks"] / run["config"]["settings"]["batch_size"])
-    run["run"] = {"steps_per_epoch": per_epoch, **extra}
+    run["run"] = {"steps_per_epoch": count_steps(run["manifest"], run["config"]["settings"]["batch_size"]), **extra}
     return {name: look_up(run, path) for name, (_, path) in NAMED.items()}
+
+
+def count_steps(manifest: dict, batch_size: int) -> int:
+    """Return the steps per epoch of prepared data."""
+    return math.ceil(manifest["splits"]["train"]["blocks"] / batch_size)
 
 
 def look_up(tree: Any, path: str) -> Any:

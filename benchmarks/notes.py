@@ -133,7 +133,7 @@ def render() -> dict[str, str]:
 
 
 def run_experiment(name: str, folder: Path, inputs: experiments.Inputs) -> None:
-    """Run the demo or an experiment, store its figures and fill the pages."""
+    """Run the demo or an experiment, and store its figures."""
     commit = run.describe_commit("*.py", "results")  # before the run changes a page
     if name == "demo":
         printed, seconds = run_demo(folder / name)
@@ -142,23 +142,27 @@ def run_experiment(name: str, folder: Path, inputs: experiments.Inputs) -> None:
     else:
         figures = EXPERIMENTS[name][0](folder, inputs)
     store(name, commit, figures)
-    fill_pages(render())
-    pictures.draw_verdicts()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = ["demo", *EXPERIMENTS]
+    names, books = ["demo", *EXPERIMENTS], [f"{name}.txt" for name in experiments.TITLES if name != "book"]
     parser.add_argument("names", nargs="*", choices=[*names, []], metavar="NAME", help=", ".join(names))
-    books = ", ".join(f"{name}.txt" for name in experiments.TITLES if name != "book")
-    parser.add_argument("--books", type=Path, metavar="FOLDER", help=f"further books: {books}")
-    parser.add_argument("--corpus", type=Path, metavar="FOLDER", help="many books, .txt, for faults")
+    parser.add_argument("--books", type=Path, metavar="FOLDER", help=f"holds {' and '.join(books)}")
+    parser.add_argument("--corpus", type=Path, metavar="FOLDER", help="many books, .txt, for base and faults")
     parser.add_argument("--model", type=Path, metavar="FOLDER", help="a pre-trained model of GPT-2's size, for larger")
     parser.add_argument("--fill", action="store_true", help="run nothing; fill the pages from the stored figures")
     args = parser.parse_args()
-    inputs = experiments.Inputs(sorted(args.books.glob("*.txt")) if args.books else [], args.corpus, args.model)
+    chosen = [] if args.fill else args.names or ["demo", "step"]
+    for name in chosen:
+        for needed in experiments.NEEDS.get(name, []):
+            if not getattr(args, needed):
+                parser.error(f"{name} needs --{needed} FOLDER")
+    inputs = experiments.Inputs([args.books / book for book in books] if args.books else [], args.corpus, args.model)
+    if missing := [path for path in inputs.books if not path.is_file()]:
+        parser.error(f"--books: {missing[0]}: no such file")
     with tempfile.TemporaryDirectory() as folder:
-        for name in [] if args.fill else args.names or ["demo", "step"]:
+        for name in chosen:
             run_experiment(name, Path(folder), inputs)
     fill_pages(render())
     pictures.draw_verdicts()

@@ -38,7 +38,8 @@ NOTE, PICTURE = ROOT / "notes/04_evaluation.md", ROOT / "notes/verdict.png"
 DRAWN = "figures"  # name under which a picture holds the figures that it was drawn from
 # The share of the way that the report printed at commit 353fa4b: mean of Delta and a classifier of character n-grams.
 FIRST_VERDICT = {"character chain, order 5": 1.04, "fine-tuned model": 0.96, "the author, unseen pages": 0.72}
-LABELS = ["Markov chain of characters", "fine-tuned model", "the author, unseen pages"]  # the first chain had order 4
+# Characters that the next one depends on: four in the first verdict's chain, five in the ladder's.
+LABELS = ["Markov chain of characters", "fine-tuned model", "the author, unseen pages"]
 
 
 def split_words(path: Path) -> list[tuple[str, int, int]]:

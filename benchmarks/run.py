@@ -70,16 +70,16 @@ def render() -> dict[str, str]:
     """Return the stored figures as README and notes show them: the table of targets, medians, and those of the GPU."""
     results, gpu = (json.loads((HERE / name).read_text()) for name in ("results.json", "gpu.json"))
     shown = {"benchmarks": "\n" + "\n".join(list_targets(results)) + "\n"}
-    medians = {name: {variant: statistics.median(values) for variant, values in result["values"].items()}
+    figures = {name: {variant: statistics.median(values) for variant, values in result["values"].items()}
                for name, result in results["benchmarks"].items()}  # fmt: skip
     for name, result in results["benchmarks"].items():
-        medians[name] |= {target["what"]: target["value"] for target in result["targets"]}
-    medians["gpu_generation"] = gpu["generation_tokens_per_second"]
-    for name, variants in medians.items():
+        figures[name] |= {target["what"]: target["value"] for target in result["targets"]}
+    figures["gpu_generation"] = gpu["generation_tokens_per_second"]
+    for name, variants in figures.items():
         shown |= {f"{name}.{name_marker(variant)}": describe(value) for variant, value in variants.items()}
-    best = medians["levers"]["all means"]
+    best = figures["levers"]["all means"]
     shown |= {f"levers.{name_marker(variant)}.gain": f"{best / value - 1:.0%}".replace("%", " %")
-              for variant, value in medians["levers"].items()}  # fmt: skip
+              for variant, value in figures["levers"].items()}  # fmt: skip
     for variant, sizes in gpu["training"].items():
         for block_size, of in sizes.items():
             name = f"gpu.{name_marker(variant)}.{block_size}"

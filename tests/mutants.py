@@ -45,10 +45,8 @@ SLOWER = [
     )
 ]
 MUTATED = ["utils/storage.py", "utils/output_dir.py", "utils/training/checkpoint.py"]
-SECONDS = {
-    True: 90,
-    False: 900,
-}  # of computing, for the quick tests alone, and for more; ten times as long by the clock
+# Of computing, for the quick tests alone (True) and for more; by the clock, ten times as many.
+SECONDS = {True: 90, False: 900}
 # Module, what is taken out, what stands there instead.
 GUARDS = [
     ("utils/storage.py", "        os.fsync(descriptor)\n", "        pass\n"),

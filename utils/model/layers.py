@@ -17,7 +17,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 # Rows of logits per pass: on a CPU their float32 copies stay in the cache; on a GPU fewer kernel launches count.
 CPU_ROWS, GPU_ROWS = 16, 2048
 ALIGNED = 64  # GPT-2's 50,257 logits per token make a GPU's matrix product several times slower than 50,304 do
-SHORT = 256  # tokens up to which plain matrix products are faster in training than sdpa, on a CPU, in bf16
+SHORT = 256  # tokens up to which sdpa's backward pass takes longer than that of plain matrix products, in bf16
 FAST_ATTENTION, CAUSAL_ATTENTION = "sdpa_fast_training", "sdpa_causal"
 CAUSAL_FAMILIES = {"gpt2", "llama"}  # without windows and position biases: nothing but the future is hidden
 
@@ -25,20 +25,21 @@ CAUSAL_FAMILIES = {"gpt2", "llama"}  # without windows and position biases: noth
 def use_fast_layers(model, device: torch.device, compiled: bool = False) -> None:
     """Replace a model's layers and loss by faster forms; weights and saved config stay as they are.
 
-    Dropout is replaced where PyTorch's is slow: on a CPU, unless the model's repeated layers are `compiled`. On a GPU,
-    the output layer gets a width that suits its matrix units, and the loss is compiled along with the layers.
+    Dropout and attention are replaced where PyTorch's are slow: on a CPU, unless the model's repeated layers are
+    `compiled`. On a GPU, the output layer gets a width that suits its matrix units, and the loss is compiled along with
+    the layers.
     """
-    slow_dropout = device.type == "cpu" and not compiled
+    is_slow = device.type == "cpu" and not compiled
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             faster = torch.nn.GELU(approximate="tanh") if isinstance(child, NewGELUActivation) else None
-            if type(child) is torch.nn.Dropout and slow_dropout:
+            if type(child) is torch.nn.Dropout and is_slow:
                 faster = FastDropout(child.p)
             if faster:
                 setattr(module, name, faster.train(child.training))
         if compiled and isinstance(module, GradientCheckpointingLayer):  # the base class of repeated layers
             module.compile()
-    if slow_dropout and model.config._attn_implementation == "sdpa":
+    if is_slow and model.config._attn_implementation == "sdpa":
         model.set_attn_implementation(FAST_ATTENTION)
     model.loss_function = next_token_loss
     if device.type == "cuda":
@@ -86,7 +87,7 @@ def fast_dropout(values: torch.Tensor, rate: float) -> torch.Tensor:
 
 
 def fast_attention(module, query, key, value, attention_mask, dropout=0.0, **options):
-    """Compute transformers' sdpa attention; on a CPU, PyTorch's is slow with dropout and backwards on short blocks.
+    """Compute transformers' sdpa attention; on a CPU, PyTorch's is slow with dropout, and in training on short blocks.
 
     Args:
         query, key: (B, H, T, D).
