@@ -10,7 +10,7 @@ FINETUNED := results/checkpoints/finetuned_model
 
 demo: $(READY)
 	$(BIN)/python prepare_data.py --model-name $(BASE)
-	$(BIN)/python finetune_generative.py --learning-rate 3e-4 --epochs 6
+	$(BIN)/python finetune_generative.py --learning-rate 3e-4
 	$(BIN)/python generate_text.py
 	@echo
 	@echo "Worth opening:"

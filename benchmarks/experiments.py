@@ -31,7 +31,7 @@ from benchmarks.scale import run_scale, show_scale
 BASE, SAMPLE = ROOT / "results/base_model", ROOT / "results/data/book.txt"
 TITLES = {"book": "The Log of Skerrow Light", "a_christmas_carol": "A Christmas Carol",
           "tinyshakespeare": "Tiny Shakespeare"}  # fmt: skip
-EPOCHS = {"book": 6, "a_christmas_carol": 3, "tinyshakespeare": 1}
+EPOCHS = {"book": 3, "a_christmas_carol": 3, "tinyshakespeare": 1}
 LEARNING_RATE = "3e-4"
 RATES, RANK_RATES = ("1e-4", "3e-4", "1e-3", "3e-3"), ("1e-3", "3e-3", "1e-2")
 RANKS, RANK_RATE = (4, 16, 64), "3e-3"

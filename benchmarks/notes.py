@@ -37,7 +37,7 @@ from utils.evaluation.render import escape
 # Name: what runs it, and what shows its figures. The demo is run otherwise, as a user runs it.
 EXPERIMENTS = experiments.EXPERIMENTS | {"step": (lambda _folder, _inputs: pictures.measure_step(), pictures.show_step)}
 COMMANDS = ["prepare_data.py --model-name results/base_model",
-            "finetune_generative.py --learning-rate 3e-4 --epochs 6",
+            "finetune_generative.py --learning-rate 3e-4",
             "generate_text.py"]  # fmt: skip
 FINETUNED, BLOCKS = "results/checkpoints/finetuned_model", "results/data/blocks"
 WIDTH = 100  # of the printed lines, where there is no terminal
