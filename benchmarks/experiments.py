@@ -7,7 +7,6 @@ the other returns them as the pages show them. benchmarks/notes.py runs them by 
 import functools
 import json
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -25,14 +24,14 @@ from benchmarks.figures import (
     show_lines,
     show_run,
 )
+from benchmarks.ladder import run_ladder, show_ladder
 from benchmarks.pages import ROOT, name_marker
 from benchmarks.scale import run_scale, show_scale
+from benchmarks.scripts import BASE, LEARNING_RATE, SAMPLE, read, run_script
 
-BASE, SAMPLE = ROOT / "results/base_model", ROOT / "results/data/book.txt"
 TITLES = {"book": "The Log of Skerrow Light", "a_christmas_carol": "A Christmas Carol",
           "tinyshakespeare": "Tiny Shakespeare"}  # fmt: skip
 EPOCHS = {"book": 3, "a_christmas_carol": 3, "tinyshakespeare": 1}
-LEARNING_RATE = "3e-4"
 RATES, RANK_RATES = ("1e-4", "3e-4", "1e-3", "3e-3"), ("1e-3", "3e-3", "1e-2")
 RANKS, RANK_RATE = (4, 16, 64), "3e-3"
 DECODINGS = {  # as note 4 names them: flags
@@ -61,13 +60,6 @@ class Inputs(NamedTuple):
     model: Path | None = None
 
 
-def run_script(name: str, *flags: Any) -> None:
-    """Run one of the three scripts, and print its command."""
-    command = [f"{name}.py", *map(str, flags)]
-    print("$ python", " ".join(command).replace(f"{ROOT}/", ""), flush=True)
-    subprocess.run([sys.executable, ROOT / command[0], *command[1:]], check=True, stdout=subprocess.DEVNULL)
-
-
 @functools.cache
 def prepare(folder: Path, book: Path) -> Path:
     """Prepare a book for the embedded base model; return the data folder."""
@@ -91,10 +83,6 @@ def compare(folder: Path, book: Path, model: Path, *flags: Any) -> dict[str, Any
     """Let generate_text.py measure a model; return the figures of the run."""
     run_script("generate_text", "--finetuned-model", model, *flags)
     return collect_run(prepare(folder, book), model)
-
-
-def read(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def list_losses(model: Path) -> list[float]:
@@ -197,13 +185,6 @@ def show_long(figures: dict[str, Any]) -> dict[str, str]:
             "table": make_table(" | ".join(["", *(f">quarter {n}" for n in range(1, 5))]), rows)}  # fmt: skip
 
 
-def run_ladder(folder: Path, inputs: Inputs) -> dict[str, Any]:
-    (folder / "books").mkdir()
-    for book in inputs.books:
-        shutil.copy(book, folder / "books")
-    return read_tables("tests/test_ladder.py", "--books", folder / "books")
-
-
 def run_base(folder: Path, inputs: Inputs) -> dict[str, Any]:
     """Score the embedded base model on the books that it was not trained on, as an evaluation at step 0."""
     books = [inputs.corpus / f"{name}.txt" for name in HELD_OUT]
@@ -271,7 +252,7 @@ EXPERIMENTS = {
     "decodings": (run_decodings, show_decodings),
     "lora": (run_lora, show_lora),
     "long": (run_long, show_long),
-    "ladder": (run_ladder, show_tables),
+    "ladder": (run_ladder, show_ladder),
     "base": (run_base, show_base),
     "faults": (run_faults, show_tables),
     "larger": (run_larger, show_larger),

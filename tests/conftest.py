@@ -30,7 +30,7 @@ torch.set_num_threads(1)  # tiny models are faster so, and results do not depend
 def pytest_addoption(parser):
     parser.addoption("--full", action="store_true", help="the full counts of make soak, in place of the quick ones")
     parser.addoption("--slice", default="1/1", help="k/n: of a test's many trials, every n-th from the k-th on")
-    parser.addoption("--books", help="folder of .txt books to climb the ladder with, beside the sample book")
+    parser.addoption("--books", help="folder of .txt books to plant faults in, instead of the sample book")
 
 
 @pytest.fixture(scope="session")
