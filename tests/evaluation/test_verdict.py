@@ -68,14 +68,16 @@ def percent(text):
     return float(text.rstrip("%")) / 100
 
 
-def check_headline(sentence, measured, unknown, author, faults):
+def check_headline(sentence, measured, unknown, author, faults, own_reader=False):
     """Check a headline against the shares; return whether it makes the claim."""
     closed = min(measured.values(), key=lambda s: s["value"])
     value, low, high = map(float, re.search(r"\((\d\.\d\d) \[(\d\.\d\d), (\d\.\d\d)\]\)", sentence).groups())
     assert (value, low, high) == pytest.approx((closed["value"], closed["low"], closed["high"]), abs=0.0051)
     good = {part for part, s in measured.items() if s["value"] >= 0.75 and s["high"] >= 1}
     claims = "writes like the book" in sentence
-    assert claims == (good == set(measured) and "sense" in good and not faults)
+    supported = good == set(measured) and "sense" in good
+    assert claims == (supported and not faults and not own_reader)
+    assert ("its own base cannot confirm the sense" in sentence) == (supported and own_reader)
     amounts = {"Hardly any": (0, 0.05), "A small part": (0.05, 0.25), "Less than half": (0.05, 0.5), "Half": (0.4, 0.6),
                "More than half": (0.5, 0.9), "Nearly all": (0.9, 1)}  # fmt: skip
     if not claims:
@@ -165,7 +167,8 @@ def test_no_sentence_is_false(report):
     faults += ["gain"] * (flags["learned_the_book"] is False)
     if headline:
         unknown = report.unknown_words
-        claims = check_headline(headline, measured, unknown["finetuned"], unknown.get("reference"), faults)
+        claims = check_headline(headline, measured, unknown["finetuned"], unknown.get("reference"), faults,
+                                report.reader_is_base)  # fmt: skip
         assert claims == (flags["writes_like_the_book"] is True)
         said = {"copies": "it copies", "memorized": "it recites", "forgot": "it forgot much", "gain": "its gain"}
         assert all((phrase in headline) == (name in faults) for name, phrase in said.items())
@@ -226,6 +229,18 @@ def test_the_weakest_part_decides(parts, faults, start, writes):
     sentence, claim = describe_gap(parts, faults, 0.056, 0.036, "a/reader")
     assert claim is writes
     assert sentence is None if start is None else sentence.startswith(start)
+
+
+def test_a_model_cannot_be_confirmed_by_its_own_base():
+    parts = {"spelling": GOOD, "sense": interval(1.0, 0.7, 1.0)}
+    sentence, claim = describe_gap(parts, [], 0.056, 0.036, "a/reader", own_reader=True)
+    assert claim is None
+    assert sentence == (
+        "Nearly all of the way from the base model to the author (0.95 [0.70, 1.00]): it has the book's spelling "
+        "(0.95) and sense (1.00, read by a/reader); its own base cannot confirm the sense, another --reader-model can; "
+        "words could not be measured."
+    )
+    assert describe_gap(parts | {"sense": WEAK}, [], 0.056, 0.036, "a/reader", own_reader=True)[1] is False
 
 
 def test_a_headline_by_hand():

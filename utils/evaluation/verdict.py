@@ -39,7 +39,7 @@ def judge(report: Report) -> Report:
     if flags["learned_the_book"] is False:
         faults.append("its gain on unseen pages does not show it")
     headline, writes = describe_gap((report.parts or {}).get("finetuned", {}), faults, *_unknown(report), report.reader,
-                                    report.said_of_unknown)  # fmt: skip
+                                    report.said_of_unknown, report.reader_is_base)  # fmt: skip
     opening = [gain, headline] if flags["learned_the_book"] is False else [headline, gain]
     if report.other_book:
         opening.insert(0, "A control: the validation text is of another book than the model was trained on.")
@@ -81,8 +81,12 @@ def describe_gap(
     author_unknown: float | None,
     reader: str | None,
     said_of_unknown: str = "stand in neither book nor general text",
+    own_reader: bool = False,
 ) -> tuple[str | None, bool | None]:
     """Say how far the weakest part has come, and return whether all parts support "writes like the book".
+
+    Samples at temperature 1 are about as likely under a model as real text is. Its base as the reader can therefore
+    show that their sense is not the book's, and cannot show that it is.
 
     Args:
         shares: the gap closed by each part that could be measured.
@@ -90,6 +94,7 @@ def describe_gap(
         unknown: share of words that nobody wrote; author_unknown: the author's.
         reader: name of the model that measured the sense.
         said_of_unknown: Report.said_of_unknown.
+        own_reader: whether the reader is the base of the model that wrote the texts.
     """
     if not shares:
         return None, None
@@ -102,7 +107,8 @@ def describe_gap(
     unmeasured = _join([part for part in PARTS if part not in shares])
     closing = f"; {unmeasured} could not be measured." if unmeasured else "."
     owned, missing = _join([named[part] for part in has]), _join([named[part] for part in lacks], "or")
-    if not lacks and not faults and "sense" in has:
+    supported = "sense" in has and not lacks
+    if supported and not faults and not own_reader:
         claim = "It writes like the book: it is as near to the author as can be measured"
         return f"{claim} ({interval}), by {owned}{closing}", True
     if has:
@@ -111,6 +117,8 @@ def describe_gap(
         clauses = [f"it does not have the book's {missing}"]
     if "spelling" in lacks:
         clauses.append(f"{unknown:.1%} of its words (the author: {author_unknown:.1%}) {said_of_unknown}")
+    if supported and own_reader:
+        clauses.append("its own base cannot confirm the sense, another --reader-model can")
     if faults:
         clauses.append(f"but {_join(faults)}")
     amount = next(words for bound, words in AMOUNTS if closed["value"] <= bound)
