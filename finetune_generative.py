@@ -25,7 +25,7 @@ def parse_args(argv=None):
     add("--from-scratch", type=Path, metavar="CONFIG.json", help="train random weights of this configuration instead")
     add("--dropout", type=number(float, 0, 1, below=True), help="dropout rate (default: the model's)")
     add("--lora-rank", type=number(int, 0), default=0, metavar="N",
-        help="train a LoRA adapter of this rank, at 10 times the learning rate; 0 trains all weights")  # fmt: skip
+        help="train a LoRA adapter of this rank, at 3 to 10 times the learning rate; 0 trains all weights")  # fmt: skip
     add("--lora-alpha", type=positive, help="LoRA's scale, times the rank (default: 2 N)")
     add = parser.add_argument_group("optimization").add_argument
     add("--epochs", type=positive, default=3, help="passes over the training blocks")

@@ -12,6 +12,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "notes").glob("*.md"))]
+CARD = ROOT / "results/base_model/README.md"
 MARKED = re.compile(r"<!-- =([\w.]+) -->(.*?)<!-- / -->", re.DOTALL)
 
 
@@ -26,6 +27,6 @@ def fill(text: str, contents: dict[str, str]) -> str:
 
 
 def fill_pages(contents: dict[str, str]) -> None:
-    """Fill the README and all notes."""
-    for page in PAGES:
+    """Fill the README, all notes and the card of the base model."""
+    for page in [*PAGES, CARD]:
         page.write_text(fill(page.read_text(encoding="utf-8"), contents), encoding="utf-8")

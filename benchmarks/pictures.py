@@ -1,4 +1,4 @@
-"""Pictures of the notes, from the book, the script, a measured step and the table of note 4; the answer of note 6.
+"""Pictures of the notes, from the book, the script, a measured step and the ladder; the answer of note 6.
 
 python -m benchmarks.pictures    print how the book is divided, and what a step costs on this machine
 """
@@ -18,6 +18,7 @@ from PIL.PngImagePlugin import PngInfo
 
 import finetune_generative
 import prepare_data
+from benchmarks.figures import read_figures
 from benchmarks.mistakes import RESULTS
 from benchmarks.pages import ROOT
 from utils.data.corpus import read_segments
@@ -34,10 +35,10 @@ BAR = 50  # characters of the longest bar
 TICK = 5000  # words
 BATCHES = 12, 1  # blocks of the batches of mistakes.loss_of_a_step
 WARM_UP, REPEATS = 3, 20  # steps
-NOTE, PICTURE = ROOT / "notes/04_evaluation.md", ROOT / "notes/verdict.png"
+PICTURE = ROOT / "notes/verdict.png"
 DRAWN = "figures"  # name under which a picture holds the figures that it was drawn from
 # The share of the way that the report printed at commit 353fa4b: mean of Delta and a classifier of character n-grams.
-FIRST_VERDICT = {"character chain, order 5": 1.04, "fine-tuned model": 0.96, "the author, unseen pages": 0.72}
+FIRST_VERDICT = {"character_chain_5": 1.04, "finetuned": 0.96, "unseen": 0.72}
 # Characters that the next one depends on: four in the first verdict's chain, five in the ladder's.
 LABELS = ["Markov chain of characters", "fine-tuned model", "the author, unseen pages"]
 
@@ -176,19 +177,10 @@ def show_accumulation() -> dict[str, str]:
     return {f"accumulation.{name}": f"{value:.3f}" for name, value in figures.items()}
 
 
-def read_ladder(page: str) -> dict[str, dict[str, Any]]:
-    """Return words, spelling and sense as (value, low, high), and the last cell, of the texts of FIRST_VERDICT.
-
-    They are read from the first table of the ladder, for which figures of any run may stand.
-    """
-    table = re.search(r"^### The ladder$.*?(^\|.*?\n)\n", page, re.MULTILINE | re.DOTALL)[1]
-    header, _, *lines = [[cell.strip(" *") for cell in line.strip("|").split("|")] for line in table.splitlines()]
-    rows, first = {line[0]: line for line in lines}, header.index("gap: words")
-    return {
-        text: {part: [float(x) for x in re.findall(r"[\d.]+", rows[text][first + i])] for i, part in enumerate(PARTS)}
-        | {"like the book": rows[text][first + len(PARTS)]}
-        for text in FIRST_VERDICT
-    }  # fmt: skip
+def read_ladder() -> dict[str, dict[str, Any]]:
+    """Return words, spelling and sense of the texts of FIRST_VERDICT, on the sample book."""
+    rows = read_figures()["ladder"]["figures"]["book"]
+    return {name: {part: rows[name][part] for part in PARTS} for name in FIRST_VERDICT}
 
 
 def read_drawn() -> dict | None:
@@ -197,8 +189,8 @@ def read_drawn() -> dict | None:
 
 
 def draw_verdicts() -> None:
-    """Draw the first verdict beside the present one, if the figures of note 4 have changed."""
-    drawn = {"first": FIRST_VERDICT, "present": read_ladder(NOTE.read_text(encoding="utf-8"))}
+    """Draw the first verdict beside the present one, if the figures of the ladder have changed."""
+    drawn = {"first": FIRST_VERDICT, "present": read_ladder()}
     if drawn == read_drawn():
         return
     from matplotlib.figure import Figure
@@ -219,9 +211,9 @@ def draw_verdicts() -> None:
     right.set_title("present verdict: the weakest of three parts", loc="left", fontsize=10)
     right.set_yticks([])
     for row, shares in enumerate(drawn["present"].values()):
-        weakest = min(PARTS, key=lambda part: shares[part][0])
+        weakest = min(PARTS, key=lambda part: shares[part]["value"])
         for n, part in enumerate(PARTS):
-            (value, low, high), y = shares[part], row + 0.26 * (n - 1)
+            y, (low, value, high) = row + 0.26 * (n - 1), (shares[part][end] for end in ("low", "value", "high"))
             color = "#c2410c" if part == weakest else "#c9ccd1"
             right.barh(y, value, 0.22, color=color)
             right.plot([low, high], [y, y], color="0.25", linewidth=1)

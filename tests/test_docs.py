@@ -17,7 +17,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "notes").glob("*.md")), *sorted((RO
 SCRIPTS = ["prepare_data", "finetune_generative", "generate_text"]
 # Of pytest, pip, ruff, tensorboard, hf, torchrun and Slurm.
 FOREIGN_FLAGS = {
-    "--full", "--books", "--version", "--quiet", "--upgrade", "--check", "--logdir", "--private",
+    "--full", "--books", "--corpus", "--version", "--quiet", "--upgrade", "--check", "--logdir", "--private",
     "--exclude", "--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint", "--rdzv-id", "--node-rank",
     "--master-addr", "--master-port", "--nodes", "--ntasks-per-node", "--gpus-per-node", "--signal", "--requeue",
 }  # fmt: skip

@@ -183,9 +183,9 @@ def test_the_parts_of_the_loop_are_the_loop():
 
 
 def test_the_verdicts_are_drawn_from_the_ladder():
-    present = pictures.read_ladder(read("04_evaluation.md"))
+    present = pictures.read_ladder()
     assert pictures.read_drawn() == {"first": pictures.FIRST_VERDICT, "present": present}
-    least = [min(shares[part][0] for part in style.PARTS) for shares in present.values()]
+    least = [min(shares[part]["value"] for part in style.PARTS) for shares in present.values()]
     assert least == sorted(least)  # the note says that the order is reversed
     assert list(pictures.FIRST_VERDICT.values()) == sorted(pictures.FIRST_VERDICT.values(), reverse=True)
     assert pictures.PICTURE.stat().st_size < 60_000
