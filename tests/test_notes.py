@@ -1,7 +1,4 @@
-"""What README and notes show between markers is what the stored figures give; other numbers stand in known places only.
-
-python -m tests.test_notes    count the numbers of the sections that are still written by hand
-"""
+"""What the pages show between markers is what the stored figures give; other numbers stand in known places only."""
 
 import re
 
@@ -101,8 +98,6 @@ ALLOWED = {
     "flags.md": {"All flags": "0 2 3 4 130 143 129"},  # exit codes
     "skills_competencies.md": {"Skills practised": "400"},  # books
 }
-# Sections whose figures are still written by hand.
-BY_HAND = {}
 
 
 def read(name):
@@ -135,14 +130,10 @@ def test_pages_show_the_stored_figures(path, contents):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_numbers_outside_markers_are_allowed(name):
-    by_hand, allowed = BY_HAND.get(name, []), ALLOWED.get(name, {})
-    found = find_numbers(read(name))
-    assert {*by_hand, *allowed} <= {*found}
+    allowed, found = ALLOWED.get(name, {}), find_numbers(read(name))
+    assert {*allowed} <= {*found}
     for title, numbers in found.items():
-        if title in by_hand:
-            assert numbers, f"{title} has none left: take it out of BY_HAND"
-        else:
-            assert set(numbers) == set(allowed.get(title, "").split()), (title, numbers)
+        assert set(numbers) == set(allowed.get(title, "").split()), (title, numbers)
 
 
 def test_a_number_outside_a_marker_is_found():
@@ -205,14 +196,3 @@ def test_the_printed_lines_that_are_shown():
         "```", "...", "prepared here", "  text   9 words", "...", "step 0: a", "...", "step 20: c", "It learned.",
         "```",
     ]  # fmt: skip
-
-
-def main():
-    for page in PAGES:
-        counts = {title: len(numbers) for title, numbers in find_numbers(page.read_text(encoding="utf-8")).items()}
-        for title in BY_HAND.get(page.name, []):
-            print(f"{counts[title]:5} {page.name}: {title}")
-
-
-if __name__ == "__main__":
-    main()
