@@ -33,7 +33,7 @@ from utils.training.setup import keep_freed_memory
 COLUMNS = 100  # of a strip
 BAR = 50  # characters of the longest bar
 TICK = 5000  # words
-BATCHES = 12, 1  # blocks of the batches of mistakes.loss_of_a_step
+BATCHES = 11, 1  # blocks of the batches of mistakes.loss_of_a_step
 WARM_UP, REPEATS = 3, 20  # steps
 PICTURE = ROOT / "notes/verdict.png"
 DRAWN = "figures"  # name under which a picture holds the figures that it was drawn from
