@@ -154,7 +154,7 @@ def test_signals_at_random_moments(kind, amount, mine):
         ready.open()
         time.sleep(delay)
         child.kill(number)
-        ended = child.wait(timeout=10)
+        ended = child.wait()
         ready.close()
         if ended.code == 0:
             finished += 1
@@ -184,7 +184,7 @@ MOMENTS = [
 def test_a_signal_at_a_known_moment(workshop, undisturbed, tmp_path, owner, name, call, in_loop):  # noqa: F811
     out, number = tmp_path / "out", SIGNALS[len(name) % 3]
     command = workshop.finetune(out)
-    ended = run_child(*command, prepare=before(owner, name, lambda: os.kill(os.getpid(), number), call), timeout=10)
+    ended = run_child(*command, prepare=before(owner, name, lambda: os.kill(os.getpid(), number), call))
     if in_loop is None:  # all was saved, and the run is complete
         assert ended.code == 0, ended.err
     else:
@@ -219,7 +219,7 @@ def test_a_second_signal_leaves_at_once(workshop, undisturbed, tmp_path):  # noq
     time.sleep(0.2)
     assert os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None  # it wants to save
     child.kill(signal.SIGINT)
-    check_stopped(child.wait(timeout=2), signal.SIGINT, out, "in a save", in_loop=False)
+    check_stopped(child.wait(), signal.SIGINT, out, "in a save", in_loop=False)
     assert gate.close() == 1
     assert [path.name for path in checkpoint.list_checkpoints(out)] == ["checkpoint-2"]
     assert not strays(out)
@@ -235,7 +235,7 @@ def test_a_signal_to_the_whole_group_with_workers(workshop, undisturbed, tmp_pat
     assert len(members(child.pid)) == 3
     os.killpg(child.pid, number)
     gate.open()
-    check_stopped(child.wait(timeout=10), number, out, "two workers", in_loop=True)
+    check_stopped(child.wait(), number, out, "two workers", in_loop=True)
     assert gate.close() == 1
     assert not members(child.pid)
     check_goes_on(command, out, digest_run, digest_run(undisturbed), "two workers")
@@ -268,7 +268,7 @@ def test_a_process_of_its_own(workshop, tmp_path, amount, number):  # noqa: F811
         assert time.monotonic() < deadline
         time.sleep(0.05)
     process.send_signal(number)
-    printed, errors = process.communicate(timeout=10)
+    printed, errors = process.communicate(timeout=60)
     assert process.returncode == 128 + number, errors
     assert printed.splitlines()[-1].endswith("saved; run the same command to resume")
     assert run_child(name, flags).code == 0
@@ -308,9 +308,8 @@ def test_simultaneous_starts(kind, amount):
         hooks = in_turn(*([hold_lock(gate)] if slow else []), wait_for_start)
         children = [Child(*command, prepare=hooks) for _ in range(n)]
         os.close(start[1])
-        started, running = time.monotonic(), children
-        while slow and len(running) > 1:
-            assert time.monotonic() - started < 2, f"{where}: {len(running) - 1} neither work nor refuse"
+        running = children
+        while slow and len(running) > 1:  # one that waited for the holder would outwait its gate, which ends both in 98
             time.sleep(0.01)
             running = [child for child in children
                        if not os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)]  # fmt: skip
@@ -365,11 +364,11 @@ def test_a_killed_holder_is_in_nobodys_way(workshop, undisturbed, tmp_path):  # 
     act = before(checkpoint, "save_optimizer", lambda: os.kill(os.getpid(), signal.SIGKILL), call=2)
     child = Child(*command, prepare=in_turn(own_group, act))
     assert child.wait().code == -signal.SIGKILL
-    killed = time.monotonic()
     assert len(members(child.pid)) == 2  # the workers live on for a while
     check_goes_on(command, out, digest_run, digest_run(undisturbed), "the holder was killed")
+    deadline = time.monotonic() + 60  # a hang, not a speed
     while members(child.pid):
-        assert time.monotonic() - killed < 10, "orphaned workers"
+        assert time.monotonic() < deadline, "orphaned workers"
         time.sleep(0.1)
 
 
