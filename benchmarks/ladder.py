@@ -91,7 +91,8 @@ def show_ladder(figures: dict[str, Any]) -> dict[str, str]:
 
 def show_row(title: str, row: dict[str, Any]) -> list[str]:
     """Return a row of a table; "-" for a part that cannot be measured."""
-    verdict = "copied" if row["copies"] else {True: "yes", False: "no", None: ""}[row["writes_like_the_book"]]
+    undecided = "" if row["copies"] is None else "undecided"  # None: base and author are not judged
+    verdict = "copied" if row["copies"] else {True: "yes", False: "no", None: undecided}[row["writes_like_the_book"]]
     parts = (show(INTERVAL, row[part]) if row[part] else "-" for part in PARTS)
     return [title, *(show(SHARE, row[key]) for key in ("copy_rate", "unknown_words")),
             *(show(INTERVAL, row[key]) for key in ("delta", "reader_auc")), *parts, verdict]  # fmt: skip

@@ -111,18 +111,17 @@ def list_gpu() -> list[str]:
 
 
 def write_page(results: dict) -> str:
-    """Put the results into Markdown: targets first, then medians and spread."""
-    machine = results["machine"]
-    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    """Put the results into Markdown: targets first, then machine, medians and spread of each benchmark."""
     lines = ["# Benchmarks", "",
              "Written by `make bench`; `results.json` holds all values. Each repeat runs every variant "
              "once, one after the other, so that other load on the machine affects all variants. The ratios are more "
-             "reliable than the absolute values.", "",
-             f"{machine['processor']}, {machine['cores']} cores ({', '.join(machine['with'])}), "
-             f"{machine['memory_gb']} GB, {machine['system']}; {versions}.", "", "## Targets and results", "",
-             *list_targets(results)]  # fmt: skip
+             "reliable than the absolute values.", "", "## Targets and results", "", *list_targets(results)]  # fmt: skip
     for name, result in results["benchmarks"].items():
+        machine = result["machine"]
+        versions = ", ".join(f"{library} {version}" for library, version in machine["versions"].items())
         lines += ["", f"## {result['title']}", "", f"`python -m benchmarks.{name}`", "",
+                  f"{machine['processor']}, {machine['cores']} cores ({', '.join(machine['with'])}), "
+                  f"{machine['memory_gb']} GB, {machine['system']}; {versions}.", "",
                   f"| {result['unit']} | median | min | max | repeats |", "|---|---:|---:|---:|---:|"]  # fmt: skip
         for variant, values in result["values"].items():
             mark = "**" if variant == result["ours"] else ""
@@ -141,13 +140,13 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="tiny models; prints, writes nothing")
     args = parser.parse_args()
     path = HERE / "results.json"
-    before = json.loads(path.read_text()) if path.is_file() else {}
-    results = {"machine": describe_machine(), "benchmarks": before.get("benchmarks", {})}
+    results = json.loads(path.read_text()) if path.is_file() else {"benchmarks": {}}
     for name in args.names or NAMES:
         print(f"benchmark: {name}", flush=True)
         command = [sys.executable, "-m", f"benchmarks.{name}", *(["--quick"] if args.quick else [])]
         ended = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-        results["benchmarks"][name] = json.loads(ended.stdout[ended.stdout.index("{\n") :])
+        found = json.loads(ended.stdout[ended.stdout.index("{\n") :])
+        results["benchmarks"][name] = {"machine": describe_machine()} | found
         results["benchmarks"] = {n: results["benchmarks"][n] for n in NAMES if n in results["benchmarks"]}
         if not args.quick:  # what is measured is kept, whatever comes after
             path.write_text(json.dumps(results, indent=2) + "\n")

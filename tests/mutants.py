@@ -170,7 +170,7 @@ GUARDS = [
     ("utils/evaluation/columns.py", "    kept = sorted(first.values())\n", "    kept = list(range(len(texts)))\n"),
     ("utils/evaluation/reader.py", "counts = [total - part for total, part in zip(counts, own, strict=True)]", "pass"),
     ("utils/evaluation/bootstrap.py", " or np.percentile((base.draws - redrawn) / gap, 2.5) < MIN_OWN_SHARE", ""),
-    ("utils/evaluation/verdict.py", ' and share["high"] >= 1', ""),
+    ("utils/evaluation/verdict.py", 'if share["high"] < 1:', "if False:"),
     ("utils/evaluation/generation.py", "rule(self.texts[row], ", "rule(self.windows[row], "),
     ("utils/evaluation/generation.py", "            if len(window) >= limit:\n",
      "            if max(map(len, self.windows)) >= limit:\n"),

@@ -74,6 +74,7 @@ def check_headline(sentence, measured, unknown, author, faults, own_reader=False
     value, low, high = map(float, re.search(r"\((\d\.\d\d) \[(\d\.\d\d), (\d\.\d\d)\]\)", sentence).groups())
     assert (value, low, high) == pytest.approx((closed["value"], closed["low"], closed["high"]), abs=0.0051)
     good = {part for part, s in measured.items() if s["value"] >= 0.75 and s["high"] >= 1}
+    bad = {part for part, s in measured.items() if s["high"] < 1}
     claims = "writes like the book" in sentence
     supported = good == set(measured) and "sense" in good
     assert claims == (supported and not faults and not own_reader)
@@ -89,13 +90,15 @@ def check_headline(sentence, measured, unknown, author, faults, own_reader=False
     lacks = re.search(r"(?:not its|not have the book's) ([^;:]+)", sentence)
     for part, value in re.findall(r"(words|spelling|sense) \((\d\.\d\d)[,)]", sentence):
         assert float(value) == pytest.approx(measured[part]["value"], abs=0.0051)
-    assert {part for part in PARTS if lacks and part in lacks[1]} == set(measured) - good
+    assert {part for part in PARTS if lacks and part in lacks[1]} == bad
+    undecided = re.search(r"too little text to decide on its ([^;]+)", sentence)
+    assert {part for part in PARTS if undecided and part in undecided[1]} == set(measured) - good - bad
     left = re.search(r"; ([a-z, ]+) could not be measured", sentence)
     assert {part for part in PARTS if left and part in left[1]} == set(PARTS) - set(measured)
     words = re.search(
         r"([\d.]+%) of its words \(the author: ([\d.]+%)\) stand in neither book nor general text", sentence
     )
-    assert bool(words) == ("spelling" in measured and "spelling" not in good)
+    assert bool(words) == ("spelling" in bad)
     if words:
         assert (percent(words[1]), percent(words[2])) == pytest.approx((unknown, author), abs=0.00051)
     return claims
@@ -221,7 +224,10 @@ GOOD, WEAK = interval(0.95, 0.7, 1.0), interval(0.39, 0.28, 0.51)
         ({"words": GOOD, "sense": WEAK}, [], "Less than half of the way", False),
         ({"words": WEAK, "spelling": GOOD, "sense": GOOD}, [], "Less than half of the way", False),
         ({"sense": interval(0.97, 0.9, 0.99)}, [], "Nearly all of the way", False),  # the author is outside
-        ({"sense": interval(0.7, 0.2, 1.0)}, [], "More than half of the way", False),
+        ({"sense": interval(0.7, 0.2, 1.0)}, [], "More than half of the way", None),  # the author is inside
+        ({"words": GOOD, "sense": interval(0.7, 0.2, 1.0)}, ["it copies"], "More than half of the way", False),
+        ({"spelling": interval(0.7, 0.2, 1.0), "sense": GOOD}, [], "More than half of the way", None),
+        ({"words": WEAK, "sense": interval(0.7, 0.2, 1.0)}, [], "Less than half of the way", False),
         ({}, [], None, None),
     ],
 )  # fmt: skip
@@ -250,6 +256,21 @@ def test_a_headline_by_hand():
         "A small part of the way from the base model to the author (0.10 [0.00, 0.20]): it has the book's words "
         "(0.95), not its spelling (0.39) or sense (0.10, read by a/reader); "
         "5.6% of its words (the author: 3.6%) stand in neither book nor general text."
+    )
+
+
+def test_too_little_text_by_hand():
+    parts = {"words": GOOD, "spelling": GOOD, "sense": interval(0.72, 0.32, 1.0)}
+    assert describe_gap(parts, [], 0.056, 0.036, "a/reader") == (
+        "More than half of the way from the base model to the author (0.72 [0.32, 1.00]): it has the book's words "
+        "(0.95) and spelling (0.95); there is too little text to decide on its sense (0.72, read by a/reader).",
+        None,
+    )
+    parts = {"words": WEAK, "sense": interval(0.72, 0.32, 1.0)}
+    assert describe_gap(parts, [], 0.056, 0.036, "a/reader")[0] == (
+        "Less than half of the way from the base model to the author (0.39 [0.28, 0.51]): it does not have the book's "
+        "words (0.39); there is too little text to decide on its sense (0.72, read by a/reader); spelling could not be "
+        "measured."
     )
 
 

@@ -25,7 +25,7 @@ FAULTS = {"copies": "it copies", "memorized": "it recites", "forgot": "it forgot
 
 
 def judge(report: Report) -> Report:
-    """Return the report with its verdict, the most important sentence first, and flags; None: not measured."""
+    """Return the report with its verdict, the most important sentence first, and flags; None: not measured, or undecided."""
     judged = {
         "learned_the_book": _judge_gain(report),
         "copies": _judge_copying(report),
@@ -69,9 +69,11 @@ def judge(report: Report) -> Report:
                    flags=flags | {"decays": decays, "writes_like_the_book": writes})  # fmt: skip
 
 
-def supports(share: dict[str, float]) -> bool:
-    """Return whether a part's share of the gap supports that a text is like the author's."""
-    return share["value"] >= SUPPORTS and share["high"] >= 1
+def supports(share: dict[str, float]) -> bool | None:
+    """Return whether a part's share of the gap supports that a text is like the author's; None: undecided."""
+    if share["high"] < 1:  # the author is outside the interval
+        return False
+    return True if share["value"] >= SUPPORTS else None
 
 
 def describe_gap(
@@ -102,19 +104,22 @@ def describe_gap(
     interval = f"{closed['value']:.2f} [{closed['low']:.2f}, {closed['high']:.2f}]"
     named = {part: f"{part} ({share['value']:.2f}{f', read by {reader}' if part == 'sense' else ''})"
              for part, share in shares.items()}  # fmt: skip
-    has = [part for part in PARTS if part in shares and supports(shares[part])]
-    lacks = [part for part in PARTS if part in shares and part not in has]
+    has, lacks, undecided = ([part for part in PARTS if part in shares and supports(shares[part]) is answer]
+                             for answer in (True, False, None))  # fmt: skip
     unmeasured = _join([part for part in PARTS if part not in shares])
     closing = f"; {unmeasured} could not be measured." if unmeasured else "."
     owned, missing = _join([named[part] for part in has]), _join([named[part] for part in lacks], "or")
-    supported = "sense" in has and not lacks
+    supported = "sense" in has and not lacks and not undecided
     if supported and not faults and not own_reader:
         claim = "It writes like the book: it is as near to the author as can be measured"
         return f"{claim} ({interval}), by {owned}{closing}", True
+    clauses = []
     if has:
-        clauses = [f"it has the book's {owned}" + (f", not its {missing}" if lacks else "")]
-    else:
-        clauses = [f"it does not have the book's {missing}"]
+        clauses.append(f"it has the book's {owned}" + (f", not its {missing}" if lacks else ""))
+    elif lacks:
+        clauses.append(f"it does not have the book's {missing}")
+    if undecided:
+        clauses.append(f"there is too little text to decide on its {_join([named[part] for part in undecided])}")
     if "spelling" in lacks:
         clauses.append(f"{unknown:.1%} of its words (the author: {author_unknown:.1%}) {said_of_unknown}")
     if supported and own_reader:
