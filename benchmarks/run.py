@@ -115,7 +115,8 @@ def write_page(results: dict) -> str:
     lines = ["# Benchmarks", "",
              "Written by `make bench`; `results.json` holds all values. Each repeat runs every variant "
              "once, one after the other, so that other load on the machine affects all variants. The ratios are more "
-             "reliable than the absolute values.", "", "## Targets and results", "", *list_targets(results)]  # fmt: skip
+             "reliable than the absolute values.", "",
+             "## Targets and results", "", *list_targets(results)]  # fmt: skip
     for name, result in results["benchmarks"].items():
         machine = result["machine"]
         versions = ", ".join(f"{library} {version}" for library, version in machine["versions"].items())

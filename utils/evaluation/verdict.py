@@ -25,7 +25,7 @@ FAULTS = {"copies": "it copies", "memorized": "it recites", "forgot": "it forgot
 
 
 def judge(report: Report) -> Report:
-    """Return the report with its verdict, the most important sentence first, and flags; None: not measured, or undecided."""
+    """Return the report with its verdict, the most important sentence first, and flags; None: undecided."""
     judged = {
         "learned_the_book": _judge_gain(report),
         "copies": _judge_copying(report),
@@ -87,8 +87,9 @@ def describe_gap(
 ) -> tuple[str | None, bool | None]:
     """Say how far the weakest part has come, and return whether all parts support "writes like the book".
 
-    Samples at temperature 1 are about as likely under a model as real text is. Its base as the reader can therefore
-    show that their sense is not the book's, and cannot show that it is.
+    It is None where a part is undecided, where sense is not measured, and where a model's own base is the reader:
+    samples at temperature 1 are about as likely under a model as real text is, so that its base can show that their
+    sense is not the book's, and cannot show that it is.
 
     Args:
         shares: the gap closed by each part that could be measured.
