@@ -54,9 +54,10 @@ GROUPS = [
           "{most_weight:.0e}", PARALLEL + "same_losses_for_any_number_of_processes", [""], 2),
     Group("signals", "signals", "{sent:,} signals at random moments, all identical",
           SIGNALS + "signals_at_random_moments[{}]", SCRIPTS, 8),
-    Group("known moments", "signals", "all known moments, a second signal, a whole process group: identical",
-          "tests/test_signals.py -k 'known_moment or during_the_imports or leaves_at_once or whole_group or ignored "
-          "or of_its_own'", [""], 3),
+    Group("known moments", "signals", "all known moments, a second signal, a whole process group, a library "
+          "that fails on the way out: identical",
+          "tests/test_signals.py -k 'known_moment or during_the_imports or library_makes or leaves_at_once or "
+          "whole_group or ignored or of_its_own'", [""], 3),
     Group("resumed", "resumed", "{runs} runs (40 steps × 0, 1, 2, 4 workers × accumulation 1, 4), all identical",
           IDENTITY + "resumed_equals_straight[{}]", ["0", "1", "2", "4"], 3),
     Group("identity", "resumed", "every flag changed: refused, or identical",

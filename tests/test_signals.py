@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -190,6 +190,32 @@ def test_a_signal_at_a_known_moment(workshop, undisturbed, tmp_path, owner, name
     else:
         check_stopped(ended, number, out, name, in_loop)
     check_goes_on(command, out, digest_run, digest_run(undisturbed), name)
+
+
+def fail_on_the_way_out(number):
+    """Be a lock that is interrupted while it is taken."""
+    try:
+        os.kill(os.getpid(), number)
+    finally:
+        raise RuntimeError("release unlocked lock")
+
+
+def swallow_and_fail_later(number):
+    """Be pyarrow, which asks a Python file whether it is closed, and takes any exception for a yes."""
+    with suppress(BaseException):
+        os.kill(os.getpid(), number)
+    raise ValueError("I/O operation on closed file")
+
+
+@pytest.mark.parametrize("library", [fail_on_the_way_out, swallow_and_fail_later])
+def test_a_signal_that_a_library_makes_another_error_of(workshop, undisturbed, tmp_path, library):  # noqa: F811
+    out = tmp_path / "out"
+    command = workshop.finetune(out)
+    # Of the first nothing catches an error, of the second it becomes a UserError.
+    for owner, name in ((blocks, "open_blocks"), (loading.AutoModelForCausalLM, "from_pretrained")):
+        ended = run_child(*command, prepare=before(owner, name, lambda: library(signal.SIGTERM)))
+        check_stopped(ended, signal.SIGTERM, out, name, in_loop=False)
+    check_goes_on(command, out, digest_run, digest_run(undisturbed), library.__name__)
 
 
 @pytest.mark.parametrize("number", SIGNALS)

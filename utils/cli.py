@@ -23,6 +23,8 @@ if sys.platform == "win32":  # it lacks SIGHUP below, POSIX locks and the syncin
 MAX_ERROR_CHARS = 240
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
+_raised: list[int] = []  # signals that were raised as Stopped
+
 
 class Stopped(BaseException):
     """A signal that asks the program to end, by its number."""
@@ -36,7 +38,12 @@ def catch_signals(receive: Callable[[int, Any], None]) -> None:
 
 
 def leave(number: int, _frame: Any) -> NoReturn:
-    """Raise the signal as Stopped."""
+    """Raise the signal as Stopped, wherever the program is.
+
+    A library that is interrupted may fail on its way out, or swallow this and fail later. So it is noted too: whatever
+    error comes after it, the signal has ended the program.
+    """
+    _raised.append(number)
     raise Stopped(number)
 
 
@@ -50,9 +57,9 @@ class StopSignal:
         self.number, self.is_alone = 0, "RANK" not in os.environ
         catch_signals(self.receive)
 
-    def receive(self, number: int, _frame: Any) -> None:
+    def receive(self, number: int, frame: Any) -> None:
         if self.number and self.is_alone:
-            raise Stopped(number)
+            leave(number, frame)
         self.number = number
 
     def __bool__(self) -> bool:
@@ -173,6 +180,7 @@ def _guard(action: Callable[[], int | None], may_speak: Callable[[], bool] | Non
     may_speak = may_speak or (lambda: os.environ.get("RANK", "0") == "0")
     for stream in filter(None, (sys.stdout, sys.stderr)):  # None where it was closed
         stream.reconfigure(errors="replace")  # a terminal without UTF-8 is no reason to stop
+    _raised.clear()
     try:
         catch_signals(leave)
         try:
@@ -182,26 +190,31 @@ def _guard(action: Callable[[], int | None], may_speak: Callable[[], bool] | Non
         if sys.stdout:
             sys.stdout.flush()
         return code
-    except UserError as error:
+    except (Stopped, Exception) as error:
+        if _raised:
+            if may_speak():
+                _say_stopped()
+            return 128 + _raised[-1]
+        return _explain(error, may_speak)
+
+
+def _explain(error: Exception, may_speak: Callable[[], bool]) -> int:
+    """Say in one line what went wrong, and return the exit status; raise what is a defect of this program."""
+    if isinstance(error, UserError):
         return _report(str(error), error.code, may_speak)
-    except Stopped as stopped:
-        if may_speak():
-            _say_stopped()
-        return 128 + stopped.args[0]
-    except BrokenPipeError:
+    if isinstance(error, BrokenPipeError):
         # The reader (| head) has left; without this, Python complains once more at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except Exception as error:
-        reason, name = machine_reason(error), str(getattr(error, "filename", None) or "")
-        if not reason and not (name and isinstance(error, OSError) and error.errno):
-            raise
-        where = f"{name[:60]}..." if len(name) > 120 else name or "cannot write output"
-        said = f"{where}: {reason or os.strerror(error.errno).lower()}"
-        code = _report(said, EXIT_MACHINE if reason else EXIT_INPUT, may_speak)
-        if reason:
-            os._exit(code)  # flushing a full stdout again at exit would print a second message
-        return code
+    reason, name = machine_reason(error), str(getattr(error, "filename", None) or "")
+    if not reason and not (name and isinstance(error, OSError) and error.errno):
+        raise error
+    where = f"{name[:60]}..." if len(name) > 120 else name or "cannot write output"
+    said = f"{where}: {reason or os.strerror(error.errno).lower()}"
+    code = _report(said, EXIT_MACHINE if reason else EXIT_INPUT, may_speak)
+    if reason:
+        os._exit(code)  # flushing a full stdout again at exit would print a second message
+    return code
 
 
 def _say_stopped() -> None:
