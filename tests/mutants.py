@@ -148,7 +148,7 @@ GUARDS = [
     ("utils/evaluation/loss.py", "        if stopping:\n", "        if False:\n"),
     ("utils/cli.py", "        if signal.getsignal(number) != signal.SIG_IGN:\n", "        if True:\n"),
     ("utils/cli.py", "        if self.number and self.is_alone:\n            leave(number, frame)\n", ""),
-    ("utils/cli.py", "        if _raised:\n", "        if isinstance(error, Stopped):\n"),
+    ("utils/cli.py", "            if _raised:\n                raise Stopped(_raised[0]) from error\n", ""),
     ("finetune_generative.py", "                log.sync()\n", ""),
     ("utils/training/optim.py", "        require_finite(f", "        dict(a=f"),
     ("utils/training/optim.py", "        optimizer.found_inf = ", "        unused = "),

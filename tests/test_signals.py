@@ -218,6 +218,40 @@ def test_a_signal_that_a_library_makes_another_error_of(workshop, undisturbed, t
     check_goes_on(command, out, digest_run, digest_run(undisturbed), library.__name__)
 
 
+@pytest.mark.parametrize("book", ["book.txt", "missing.txt"])
+def test_a_signal_when_all_has_been_said(workshop, tmp_path, book):  # noqa: F811
+    """The last moment at which a signal is raised: while the script turns to ignoring them."""
+    command = workshop.prepare(tmp_path / "out", "--input-path", workshop.folder / book)
+
+    def prepare():
+        real = cli.catch_signals
+
+        def catch(receive):
+            if receive == signal.SIG_IGN:
+                cli.catch_signals = real
+                os.kill(os.getpid(), signal.SIGTERM)
+            real(receive)
+
+        cli.catch_signals = catch
+
+    ended = run_child(*command, prepare=prepare)
+    check_stopped(ended, signal.SIGTERM, tmp_path / "out", book, in_loop=False)
+    assert ("prepared" in ended.out) == (book == "book.txt") == ("no such file" not in ended.err)
+
+
+def test_a_second_signal_before_the_loop_leaves_at_once(workshop, tmp_path):  # noqa: F811
+    out = tmp_path / "out"
+
+    def interrupt():
+        for number in (signal.SIGTERM, signal.SIGINT):
+            with suppress(BaseException):  # a library that swallows whatever is raised
+                os.kill(os.getpid(), number)
+        time.sleep(600)
+
+    ended = run_child(*workshop.finetune(out), prepare=before(blocks, "open_blocks", interrupt))
+    check_stopped(ended, signal.SIGINT, out, "twice", in_loop=False)
+
+
 @pytest.mark.parametrize("number", SIGNALS)
 @pytest.mark.parametrize("script", ["prepare_data", "finetune_generative", "generate_text"])
 def test_a_signal_during_the_imports_ends_in_one_line(tmp_path, script, number):

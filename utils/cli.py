@@ -37,14 +37,23 @@ def catch_signals(receive: Callable[[int, Any], None]) -> None:
             signal.signal(number, receive)
 
 
-def leave(number: int, _frame: Any) -> NoReturn:
-    """Raise the signal as Stopped, wherever the program is.
+def leave(number: int, frame: Any) -> None:
+    """Raise the signal as Stopped, wherever the program is; a second signal quits at once.
 
     A library that is interrupted may fail on its way out, or swallow this and fail later. So it is noted too: whatever
     error comes after it, the signal has ended the program.
     """
-    _raised.append(number)
-    raise Stopped(number)
+    if not _raised:
+        _raised.append(number)
+        raise Stopped(number)
+    if "RANK" not in os.environ:  # under torchrun, each signal of a terminal arrives twice
+        quit_at_once(number, frame)
+
+
+def quit_at_once(number: int, _frame: Any) -> NoReturn:
+    """End the program without cleaning up: the next run removes what is left."""
+    _say_stopped()
+    os._exit(128 + number)
 
 
 class StopSignal:
@@ -152,15 +161,9 @@ def parse_first(parse_args: Callable[[], argparse.Namespace]) -> argparse.Namesp
     if os.environ.get("RANK", "0") != "0":
         os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is imported: of several processes, the first shows progress
     parsed = []
-    code = _guard(lambda: parsed.append(parse_args()))
+    code = _guard(lambda: parsed.append(parse_args()), quit_at_once)
     if not parsed:
         sys.exit(code)
-
-    def quit_at_once(number: int, _frame: Any) -> NoReturn:
-        _say_stopped()
-        os._exit(128 + number)
-
-    catch_signals(quit_at_once)
     return parsed[0]
 
 
@@ -171,12 +174,11 @@ def run(main: Callable[..., int | None], *arguments: Any, may_speak: Callable[[]
     line on stderr; anything else is a defect of this program and keeps its traceback. `may_speak` says whether it is
     for this process to print that line, where torchrun started several.
     """
-    code = _guard(lambda: main(*arguments), may_speak)
-    catch_signals(signal.SIG_IGN)  # nothing is left to stop
-    sys.exit(code)
+    sys.exit(_guard(lambda: main(*arguments), signal.SIG_IGN, may_speak))
 
 
-def _guard(action: Callable[[], int | None], may_speak: Callable[[], bool] | None = None) -> int:
+def _guard(action: Callable[[], int | None], afterwards: Any, may_speak: Callable[[], bool] | None = None) -> int:
+    """Return the exit status of an action; signals that come later are handled by `afterwards`."""
     may_speak = may_speak or (lambda: os.environ.get("RANK", "0") == "0")
     for stream in filter(None, (sys.stdout, sys.stderr)):  # None where it was closed
         stream.reconfigure(errors="replace")  # a terminal without UTF-8 is no reason to stop
@@ -184,18 +186,28 @@ def _guard(action: Callable[[], int | None], may_speak: Callable[[], bool] | Non
     try:
         catch_signals(leave)
         try:
-            code = action() or 0
-        except SystemExit as left:  # --help
-            code = left.code
-        if sys.stdout:
-            sys.stdout.flush()
-        return code
-    except (Stopped, Exception) as error:
-        if _raised:
-            if may_speak():
-                _say_stopped()
-            return 128 + _raised[-1]
-        return _explain(error, may_speak)
+            code = _finish(action)
+        except Exception as error:
+            if _raised:
+                raise Stopped(_raised[0]) from error
+            code = _explain(error, may_speak)
+        catch_signals(afterwards)  # in here: until it is done, a signal is raised
+    except Stopped as stopped:
+        catch_signals(afterwards)
+        if may_speak():
+            _say_stopped()
+        code = 128 + stopped.args[0]
+    return code
+
+
+def _finish(action: Callable[[], int | None]) -> int:
+    try:
+        code = action() or 0
+    except SystemExit as left:  # --help
+        code = left.code
+    if sys.stdout:
+        sys.stdout.flush()
+    return code
 
 
 def _explain(error: Exception, may_speak: Callable[[], bool]) -> int:
