@@ -1,12 +1,14 @@
 """Run the tests in large counts, part by part, and fill README's section "Guarantees"; write notes/soak.json.
 
 python -m benchmarks.soak            run the parts that have not passed with this code; the same command resumes
-python -m benchmarks.soak NAME ...   only parts whose names start so, in this order, run or not
+python -m benchmarks.soak NAME ...   only parts whose names start so, in this order, run or not; most use one core, so
+                                     that a second soak with other names may run beside it
 python -m benchmarks.soak --list     list all parts with their state and time
 """
 
 import argparse
 import datetime
+import fcntl
 import hashlib
 import json
 import os
@@ -94,11 +96,16 @@ def run_part(part: Part) -> dict:
 
 def store(part: Part, found: dict) -> None:
     """Store a part at once and fill README, so that a kill loses the part that runs alone."""
-    stored = read_stored() | {part.name: found}
-    names = [part.name for part in PARTS]
-    text = ",\n".join(f"{json.dumps(name)}: {json.dumps(stored[name])}" for name in names if name in stored)
-    write_text(STORED, f"{{\n{text}\n}}\n")
-    fill_pages(render_soak(stored))
+    folder = os.open(STORED.parent, os.O_RDONLY)
+    fcntl.flock(folder, fcntl.LOCK_EX)  # a second soak would overwrite what the first has just stored
+    try:
+        stored = read_stored() | {part.name: found}
+        names = [part.name for part in PARTS]
+        text = ",\n".join(f"{json.dumps(name)}: {json.dumps(stored[name])}" for name in names if name in stored)
+        write_text(STORED, f"{{\n{text}\n}}\n")
+        fill_pages(render_soak(stored))
+    finally:
+        os.close(folder)
 
 
 def stop(number: int, _frame: object) -> None:

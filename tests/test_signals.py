@@ -369,7 +369,7 @@ def test_simultaneous_starts(kind, amount):
         children = [Child(*command, prepare=hooks) for _ in range(n)]
         os.close(start[1])
         running = children
-        while slow and len(running) > 1:  # one that waited for the holder would outwait its gate, which ends both in 98
+        while slow and len(running) > 1:  # where one waits for the holder, the holder's gate ends in 98 after 30 s
             time.sleep(0.01)
             running = [child for child in children
                        if not os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)]  # fmt: skip
