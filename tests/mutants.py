@@ -9,6 +9,7 @@ given to a forked child in place of the file; the child runs the tests. Nothing 
 no test failed for a guard, or fewer than 90 % were killed.
 """
 
+import argparse
 import ast
 import copy
 import importlib.abc
@@ -370,6 +371,11 @@ def order_tests(path):
 
 
 def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["guards", "mistakes", "mutate"])
+    parser.add_argument("paths", nargs="*", metavar="module or slice", help="modules to mutate; 2/8: every eighth mutant from the second on")
+    args = parser.parse_args()
+    what, paths = args.what, args.paths
     os.chdir(ROOT)
     sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
     import datasets  # noqa: F401  what takes seconds to import is imported once, before the forks
@@ -379,8 +385,7 @@ def main():
     from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel  # noqa: F401
 
     torch.set_num_threads(1)
-    what, *paths = sys.argv[1:]
-    number, n_slices = map(int, (paths.pop() if re.fullmatch(r"\d+/\d+", sys.argv[-1]) else "1/1").split("/"))
+    number, n_slices = map(int, (paths.pop() if paths and re.fullmatch(r"\d+/\d+", paths[-1]) else "1/1").split("/"))
     mine = slice(number - 1, None, n_slices)
     if what == "mistakes":
         mistakes = read_mistakes()[mine]
