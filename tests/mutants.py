@@ -373,7 +373,7 @@ def order_tests(path):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["guards", "mistakes", "mutate"])
-    parser.add_argument("paths", nargs="*", metavar="module or slice", help="modules to mutate; 2/8: every eighth mutant from the second on")
+    parser.add_argument("paths", nargs="*", metavar="module or slice", help="modules to mutate; 2/8: every eighth")
     args = parser.parse_args()
     what, paths = args.what, args.paths
     os.chdir(ROOT)
