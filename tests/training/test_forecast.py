@@ -245,6 +245,12 @@ def test_slow_saving_is_done_more_rarely_unless_asked_for(case, monkeypatch):
     assert forecast_run(case)[0].save_every == 2
 
 
+def test_slow_saving_with_no_step_left(case, monkeypatch):
+    """Stopped in its last step, a run of a large model evaluates and saves once more; it divided by zero."""
+    monkeypatch.setattr(forecast, "SAVED_BYTES_PER_SECOND", 1e6)
+    assert forecast_run(case, step=50)[0].steps == 0
+
+
 def test_the_setup_is_changed_by_nobody(case):
     with pytest.raises(dataclasses.FrozenInstanceError):
         case.setup.save_every = 2

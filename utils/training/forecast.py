@@ -179,7 +179,7 @@ def forecast_run(
     checkpoint, best, keep = checkpoint_bytes(model), best_bytes(model), setup.keep_checkpoints
     saving, publishing = checkpoint / SAVED_BYTES_PER_SECOND, best / SAVED_BYTES_PER_SECOND
     save_every = setup.save_every or setup.eval_every
-    if not setup.save_every and saving > NOTICED_SECONDS:
+    if not setup.save_every and n_left and saving > NOTICED_SECONDS:
         between = setup.eval_every * seconds / max(1, n_left)
         save_every *= math.ceil(SAVING_FACTOR * saving / between)
     n_evaluations = count_due(first_step, setup.max_steps, setup.eval_every)
