@@ -123,6 +123,8 @@ class Answer(BaseHTTPRequestHandler):
         hub, path = self.server, self.path.partition("?")[0]
         hub.asked.append(f"{self.command} {path}")
         later = not path.endswith("/resolve/main/config.json")
+        if hub.fault == "gated" and self.headers["Authorization"] != "Bearer opensesame":
+            return self.send_error(401)
         if hub.fault in ("404", "503") or (hub.fault == "503 later" and later):
             return self.send_error(int(hub.fault[:3]))
         if hub.fault == "silent later" and later:
@@ -191,6 +193,21 @@ def test_what_python_itself_says_in_the_child_is_not_the_hubs_answer(hub, monkey
     monkeypatch.setenv("PYTHONPROFILEIMPORTTIME", "1")
     with pytest.raises(UserError, match="'gtp2' does not exist on the hub"):
         locate_model("gtp2")
+
+
+def test_a_gated_model_opens_with_the_users_token(hub, monkeypatch):
+    hub.fault = "gated"
+    with pytest.raises(UserError, match="not open to you"):
+        locate_model("tiny")
+    monkeypatch.setenv("HF_TOKEN", "opensesame")
+    assert same_files(locate_model("tiny"), hub)
+
+
+def test_a_model_of_pickles_on_the_hub_is_no_failed_download(hub):
+    hub.files["pytorch_model.bin"] = hub.files.pop(WEIGHTS)
+    with pytest.raises(UserError, match="'tiny' has no safetensors weights on the hub") as raised:
+        locate_model("tiny")
+    assert raised.value.code == 2
 
 
 def remains(folder):

@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from filelock import FileLock
-from huggingface_hub import constants, snapshot_download
+from huggingface_hub import constants, get_token, snapshot_download
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
@@ -24,9 +24,12 @@ NOT_FOUND, DOWN = 4, 5
 REASONS = {NOT_FOUND: "it is not on the hub", DOWN: "the hub is down"}
 # Both run in a child process, which can be ended: a name lookup or a silent server can block for minutes.
 ASK = f"""
-import sys, urllib.error, urllib.request
+import os, sys, urllib.error, urllib.request
+question = urllib.request.Request(sys.argv[1], method="HEAD")
+if os.environ["HF_TOKEN"]:  # for this host alone, not for one that it redirects to
+    question.add_unredirected_header("Authorization", "Bearer " + os.environ["HF_TOKEN"])
 try:
-    urllib.request.urlopen(urllib.request.Request(sys.argv[1], method="HEAD"))
+    urllib.request.urlopen(question)
 except urllib.error.HTTPError as error:
     sys.exit({NOT_FOUND} if error.code in (401, 403, 404) else {DOWN})
 except Exception:
@@ -83,11 +86,12 @@ def _fetch(name: str, what: str) -> Path:
     """Download a model and return its folder, or raise UserError with the reason and advice."""
     reason = _download(name, os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
     if reason == REASONS[NOT_FOUND]:
-        raise UserError(f"{what} {name!r} does not exist on the hub, or is not open to you")
-    if reason is None and (folder := _find_cached(name)):
-        return folder
+        raise UserError(f"{what} {name!r} does not exist on the hub, or is not open to you (hf auth login)")
+    if reason is None:
+        if folder := _find_cached(name):
+            return folder
+        raise UserError(f"{what} {name!r} has no safetensors weights on the hub; convert it and give its folder")
     advice = f"download it elsewhere and give its folder, or use the embedded --model-name {EMBEDDED_BASE}"
-    reason = reason or "its download is incomplete"
     raise UserError(f"{what} {name}: not in the cache and {reason}; {advice}", EXIT_MACHINE)
 
 
@@ -96,8 +100,9 @@ def _download(name: str, endpoint: str) -> str | None:
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
         return "HF_HUB_OFFLINE is set"
     python, url = [sys.executable, "-c"], f"{endpoint}/{name}/resolve/main/config.json"
+    known = os.environ | {"HF_TOKEN": get_token() or ""}
     try:
-        code = subprocess.run([*python, ASK, url], capture_output=True, timeout=ANSWER_SECONDS).returncode
+        code = subprocess.run([*python, ASK, url], env=known, capture_output=True, timeout=ANSWER_SECONDS).returncode
     except subprocess.TimeoutExpired:
         return f"no answer in {ANSWER_SECONDS} s"
     if code:
