@@ -11,9 +11,9 @@ import time
 from contextlib import closing, nullcontext
 from pathlib import Path
 
-from utils.argument_types import auto_or, device_name, number
+from utils.argument_types import auto_or, device_name, number, reporter
 from utils.cli import Parser, StopSignal, check_processes, ignore_signals, parse_first, print_table, run
-from utils.errors import UserError, explain_failures, warn
+from utils.errors import UserError, explain_failures, resume_advice, warn
 
 
 def parse_args(argv=None):
@@ -55,7 +55,7 @@ def parse_args(argv=None):
     add("--keep-checkpoints", type=positive, default=2, help="newest checkpoints to keep")
     add("--save-dtype", choices=["fp32", "bf16"], default="fp32", help="number type of the best model's weights file")
     add("--log-every", type=positive, default=1, help="steps between lines of metrics.jsonl; a GPU waits there")
-    add("--report-to", choices=["none", "tensorboard"], default="none", help="also write metrics there")
+    add("--report-to", type=reporter, choices=["none", "tensorboard"], default="none", help="also write metrics there")
     add("--sample-prompt", default="The old house", help="prompt to continue at each evaluation")
     add("--sample-tokens", type=number(int, 0, 1_000_000), default=40, help="tokens of that sample; 0 for none")
     add = parser.add_argument_group("machine").add_argument
@@ -194,7 +194,7 @@ def build_setup(args, data, model, tokenizer, device, dtype, order, max_steps, s
 
 def start_run(args, settings, data, base, model, tokenizer, setup, state):
     """Clear the output folder and write down what the run is."""
-    checkpoints.record_machine(state, setup.device, setup.micro_batch_size)
+    checkpoints.record_machine(state, setup.device, setup.dtype, setup.micro_batch_size)
     if parallel.is_main():
         used = sum(path.stat().st_size for path in args.output_dir.rglob("*") if path.is_file())
         most = max(checkpoints.checkpoint_bytes(model), checkpoints.best_bytes(model))
@@ -213,7 +213,7 @@ def resume_run(setup, model, optimizer, state, checkpoint):
         require_space(setup.output_dir, checkpoints.checkpoint_bytes(model), "a checkpoint")
     checkpoints.restore_optimizer(model, optimizer, checkpoint / "optimizer.safetensors")
     restore_random_state(checkpoint / "rng_state.safetensors", setup.device)
-    checkpoints.record_machine(state, setup.device, setup.micro_batch_size)
+    checkpoints.record_machine(state, setup.device, setup.dtype, setup.micro_batch_size)
 
 
 def forward_backward(model, input_ids, share):
@@ -368,13 +368,13 @@ def main(args):
             return 0
         if checkpoint:
             print(f"resuming from step {state.step} of {max_steps} ({checkpoint})")
-        model, tokenizer = load_model(args, data, base, folder, checkpoint, device)
-        sample_ids = encode_prompt(tokenizer, args.sample_prompt)
-        betas = (args.adam_beta1, args.adam_beta2)
-        optimizer = build_optimizer(model, args.learning_rate, args.weight_decay, betas, args.adam_epsilon)
         saved = functools.partial(checkpoints.list_checkpoints, args.output_dir)
         explained = functools.partial(explain_failures, state, saved, args.batch_size, args.learning_rate)
         with explained():
+            model, tokenizer = load_model(args, data, base, folder, checkpoint, device)
+            sample_ids = encode_prompt(tokenizer, args.sample_prompt)
+            betas = (args.adam_beta1, args.adam_beta2)
+            optimizer = build_optimizer(model, args.learning_rate, args.weight_decay, betas, args.adam_epsilon)
             setup = build_setup(args, data, model, tokenizer, device, dtype, order, max_steps, sample_ids, state)
             forecast = forecast_run(setup, model, optimizer, data, state.step, forward_backward)
         print_settings(args, setup, data, model, base, forecast)
@@ -390,7 +390,7 @@ def main(args):
             stopped_by = train(setup, forecast.save_every, model, tokenizer, data, optimizer, state)
             results = write_results(args.output_dir, state, max_steps) if parallel.is_main() else {}
     if stopped_by:
-        print(f"stopped at step {state.step} of {max_steps}, saved; run the same command to resume")
+        print(f"stopped at step {state.step} of {max_steps}, saved; {resume_advice()}")
         return 128 + stopped_by
     print_results(setup, state, results)
     return 0

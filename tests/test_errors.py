@@ -1,11 +1,13 @@
 """utils/errors.py: known failures become one line, and a defect of this program keeps its traceback."""
 
 import ast
+import errno
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from utils.cli import run
 from utils.errors import EXIT_MACHINE, UserError, explain_failures
 
 ROOT = Path(__file__).parent.parent
@@ -18,7 +20,7 @@ KILLED = [
 
 
 def explained():
-    return explain_failures(SimpleNamespace(step=7), list, 8, 1e-3)
+    return explain_failures(SimpleNamespace(step=7, machine={}), list, 8, 1e-3)
 
 
 def test_a_defect_in_a_data_worker_keeps_its_traceback():
@@ -33,6 +35,24 @@ def test_a_killed_data_worker_is_named_and_the_cause_is_kept(error):
         raise error
     assert raised.value.code == EXIT_MACHINE
     assert raised.value.__cause__ is error
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), OSError(errno.ENOMEM, "no"), RuntimeError("can't allocate memory: 9 B")]
+)
+def test_too_little_memory_is_a_failure_of_the_machine(capsys, monkeypatch, error):
+    def main():
+        raise error
+
+    monkeypatch.setattr("utils.cli.catch_signals", lambda _: None)  # the tests' own process keeps its handlers
+    with pytest.raises(SystemExit, match=str(EXIT_MACHINE)):
+        run(main)
+    assert capsys.readouterr().err == "error: out of memory\n"
+
+
+def test_a_refusal_inside_a_training_keeps_its_words():
+    with pytest.raises(UserError, match=r"^no such flag$"), explained():
+        raise UserError("no such flag")
 
 
 def test_no_error_of_any_kind_is_raised_again_without_its_cause():

@@ -13,8 +13,10 @@ from scorer import independent_loss
 
 import finetune_generative
 from utils.data.blocks import open_blocks
+from utils.data.tokenizer import load_tokenizer
+from utils.errors import UserError
 from utils.evaluation.generation import Decoding, generate_ids
-from utils.model.loading import load_pair
+from utils.model.loading import load_pair, new_model
 from utils.training import optim
 from utils.training.checkpoint import TrainState
 
@@ -335,6 +337,27 @@ def test_from_scratch_with_a_tokenizer_of_its_own(finetune, script, book, tmp_pa
     compared = script("generate_text", "--finetuned-model", out, *SAMPLED)
     assert compared.code == 0, compared.err
     assert "untrained_model" in compared.out
+
+
+LLAMA = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1,
+         "num_attention_heads": 2, "max_position_embeddings": 64}  # fmt: skip
+
+
+@pytest.mark.parametrize("wrong", [{"hidden_act": "gelu_newer"}, {"intermediate_size": -3}])
+def test_a_configuration_that_no_model_can_be_made_from_is_refused(tmp_path, tiny_model, wrong):
+    path, tokenizer = tmp_path / "config.json", load_tokenizer(tiny_model)
+    path.write_text(json.dumps(LLAMA | {"pad_token_id": 32000}))  # of another tokenizer: it is left out
+    assert new_model(path, tokenizer, 1).config.pad_token_id is None
+    path.write_text(json.dumps(LLAMA | wrong))
+    with pytest.raises(UserError, match=r"^--from-scratch: .*config.json does not fit: "):
+        new_model(path, tokenizer, 1)
+
+
+def test_an_optional_package_is_asked_for_before_anything_is_removed(monkeypatch):
+    monkeypatch.setattr("utils.argument_types.find_spec", lambda _: None)
+    assert finetune_generative.parse_args([]).report_to == "none"
+    with pytest.raises(UserError, match="tensorboard is not installed; pip install tensorboard"):
+        finetune_generative.parse_args(["--report-to", "tensorboard"])
 
 
 def test_small_llama_goes_through(finetune, script, tmp_path, tiny_model, book):

@@ -17,6 +17,7 @@ from conftest import replace
 from counts import record_count
 from forked import Workshop, digest_files, digest_run, digest_tensors, fresh, run_child, strays, undisturbed, workshop  # noqa: F401
 from safetensors.torch import load_file, save_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import finetune_generative
 import utils.evaluation.loss
@@ -168,7 +169,7 @@ def stopped(stopped_once, tmp_path):
     return Path(shutil.copytree(stopped_once, tmp_path / "stopped"))
 
 
-MACHINES = {"same": None, "threads": 2, "torch": "1.0", "device": "cuda", "processor": "abacus"}
+MACHINES = {"same": None, "threads": 2, "torch": "1.0", "device": "cuda", "dtype": "bf16", "processor": "abacus"}
 
 
 @pytest.mark.parametrize("field", MACHINES)
@@ -178,7 +179,7 @@ def test_other_machine_is_recorded_and_warned_of(workshop, stopped, undisturbed,
     recorded, other = state["machine"], MACHINES[field]
     expected = {"threads": torch.get_num_threads(), "torch": torch.__version__, "device": "cpu"}
     assert expected.items() <= recorded.items()
-    if field in ("torch", "device", "processor"):
+    if field in ("torch", "device", "dtype", "processor"):
         write_json(path, state | {"machine": recorded | {field: other}})
         write_sealed(path.parent, read_sealed(path.parent) | {"files": describe_files(path.parent)})
     ended = ran(workshop.finetune(stopped), functools.partial(torch.set_num_threads, 2) if field == "threads" else None)
@@ -245,6 +246,25 @@ def test_other_value_of_a_free_flag_changes_no_bit(workshop, stopped, undisturbe
     out = stopped if stopped.exists() else stopped.parent / "moved"
     assert digest_run(out) == digest_run(undisturbed)
     assert "warning" not in ended.err
+
+
+def test_tensorboard_has_every_step_of_a_resumed_run_once(workshop, tmp_path):  # noqa: F811
+    """The step that a resumed run began with was missing."""
+    command = workshop.finetune(tmp_path / "out", "--report-to", "tensorboard")
+    ran(command, stop_in(2), SIGTERM_CODE)
+    ran(command)
+    events = EventAccumulator(str(tmp_path / "out" / "tensorboard")).Reload()
+    for name in ("train/loss", "eval/loss"):
+        rows = [row["step"] for row in read_metrics(tmp_path / "out") if name in row]
+        assert [event.step for event in events.Scalars(name)] == rows
+
+
+def test_what_a_stopped_run_with_overwrite_advises_resumes_it(workshop, stopped, undisturbed):  # noqa: F811
+    """The advice was to run the same command, which removed the checkpoint that had just been saved."""
+    ended = ran(workshop.finetune(stopped, "--overwrite"), stop_in(2), SIGTERM_CODE)
+    assert ended.out.endswith("saved; run the same command without --overwrite to resume\n")
+    assert "resuming from step 3" in ran(workshop.finetune(stopped)).out
+    assert digest_run(stopped) == digest_run(undisturbed)
 
 
 @pytest.mark.parametrize("what", ["base model", "base model's config", "data"])
@@ -385,7 +405,7 @@ def test_value_that_is_not_finite_stops_the_run_and_reaches_no_file(workshop, tm
         assert words.format(next=step + 1, at=step) in line, (where, step)
         saved = utils.training.checkpoint.list_checkpoints(tmp_path / "run")
         safe = f"; {saved[0].name} is safe; " if saved else "; no checkpoint yet; "
-        assert line.endswith(f"{safe}try a --learning-rate below 0.01"), line
+        assert line.endswith(f"{safe}try a --learning-rate below 0.01, with --overwrite"), line
         assert saved or step <= 2, (where, step)
         assert_finite_files(tmp_path / "run")
         assert not strays(tmp_path / "run")

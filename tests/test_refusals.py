@@ -923,11 +923,17 @@ def infinite_gradient(original):
 
 SAFE = "checkpoint-2 is safe; "
 GOES_ON = "run the same command to resume"
+GOES_SMALLER = "try --micro-batch-size 1 or --gradient-checkpointing"
+CPU_MEMORY = "[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory. Error code 12"
 FAILURES = [
     ("F56", "transformers.GPT2LMHeadModel.forward", fail_at(14, torch.OutOfMemoryError("CUDA out of memory")), [], 3,
-     ("out of GPU memory (batch 2) at step ", "is safe; ", "try --batch-size 1")),
+     ("out of GPU memory (2 blocks per forward pass) at step ", "is safe; ", GOES_SMALLER)),
     ("F56-first", "transformers.GPT2LMHeadModel.forward", fail_at(3, torch.OutOfMemoryError("CUDA")), [], 3,
-     ("out of GPU memory (batch 2) at step 0; ", "no checkpoint yet; ", "try --batch-size 1")),
+     ("out of GPU memory (2 blocks per forward pass) at step 0; ", "no checkpoint yet; ", GOES_SMALLER)),
+    ("CPU-memory", "transformers.GPT2LMHeadModel.forward", fail_at(14, RuntimeError(CPU_MEMORY)), [], 3,
+     ("error: out of memory (2 blocks per forward pass) at step ", "is safe; ", GOES_SMALLER)),
+    ("memory-while-loading", "utils.training.sharding.shard", fail_at(1, torch.OutOfMemoryError("CUDA")), [], 3,
+     ("out of GPU memory (2 blocks per forward pass) at step 0; ", "no checkpoint yet; ", GOES_SMALLER)),
     ("F73", "utils.training.checkpoint.save_optimizer", fail_at(2, OSError(errno.ENOSPC, "full")), [], 3,
      ("no space left on device", " at step 4; ", SAFE + GOES_ON)),
     ("F74-device", "utils.training.checkpoint.save_optimizer", fail_at(2, OSError(errno.EIO, "bad")), [], 3,
@@ -935,7 +941,7 @@ FAILURES = [
     ("F74-read-only", "utils.training.checkpoint.save_optimizer", fail_at(2, OSError(errno.EROFS, "ro")), [], 3,
      ("read-only file system", " at step 4; ", SAFE + GOES_ON)),
     ("F76", "torch.nn.utils.clip_grad_norm_", infinite_gradient, [], 4,
-     ("gradient is not a finite number at step 1 (lr ", "try a --learning-rate below 5e-05")),
+     ("gradient is not a finite number at step 1 (lr ", "try a --learning-rate below 5e-05, with --overwrite")),
     ("F77", "datasets.Dataset.__getitem__", kill_worker, ["--num-workers", 1, "--max-steps", 12], 3,
      ("a data worker was killed", " is safe; " + GOES_ON)),
 ]  # fmt: skip
@@ -1001,6 +1007,7 @@ TORCHRUN = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE
             "MASTER_PORT": "29500"}  # fmt: skip
 PROCESSES = [
     ("F66-F78-F80", {"WORLD_SIZE": "4", "RANK": "0"}, "RANK is set, LOCAL_RANK is not set; start"),
+    ("WORLD_SIZE", {"WORLD_SIZE": "2"}, "WORLD_SIZE is set, RANK is not set; start several processes with torchrun"),
     ("F79", {"RANK": "0"}, ("RANK is set, LOCAL_RANK is not set; start several processes with torchrun",)),
     ("F79-port", TORCHRUN | {"MASTER_PORT": "x"}, "MASTER_PORT is 'x', expected a number; start several"),
     ("F15", TORCHRUN | {"WORLD_SIZE": "16"}, "is less than the 16 processes; use a larger one, or fewer"),

@@ -6,6 +6,7 @@ import difflib
 import math
 import re
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 # The hub refuses a model card with another. Source: huggingface.co/docs/hub/repositories-licenses
@@ -49,6 +50,13 @@ def number(
         return value
 
     return parse
+
+
+def reporter(name: str) -> str:
+    """Parse where to write metrics; an optional package must be there before an old run is removed."""
+    if name == "tensorboard" and not find_spec(name):
+        raise argparse.ArgumentTypeError("tensorboard is not installed; pip install tensorboard")
+    return name
 
 
 def temperature(text: str) -> float:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from utils.errors import EXIT_INPUT, EXIT_MACHINE, UserError, machine_reason
+from utils.errors import EXIT_INPUT, EXIT_MACHINE, OUT_OF_MEMORY, UserError, machine_reason
 
 if sys.platform == "win32":  # it lacks SIGHUP below, POSIX locks and the syncing of folders
     print("error: Windows is not supported; expected Linux or macOS, use WSL (wsl --install)", file=sys.stderr)
@@ -129,10 +129,11 @@ class Parser(argparse.ArgumentParser):
 
 def check_processes(batch_size: int) -> None:
     """Refuse a part of torchrun's environment, and more processes than a batch has blocks."""
+    given = "RANK" if "RANK" in os.environ else "WORLD_SIZE" if os.environ.get("WORLD_SIZE", "1") != "1" else None
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         value = os.environ.get(name, "0")
-        if "RANK" in os.environ and name not in os.environ:
-            raise UserError(f"RANK is set, {name} is not set; start several processes with torchrun")
+        if given and name not in os.environ:
+            raise UserError(f"{given} is set, {name} is not set; start several processes with torchrun")
         if name != "MASTER_ADDR" and not value.isdecimal():
             raise UserError(f"{name} is {value!r}, expected a number; start several processes with torchrun")
     n_processes = int(os.environ.get("WORLD_SIZE", "1"))
@@ -217,10 +218,12 @@ def _explain(error: Exception, may_speak: Callable[[], bool]) -> int:
     if isinstance(error, BrokenPipeError):
         # The reader (| head) has left; without this, Python complains once more at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return 128 + signal.SIGPIPE
     reason, name = machine_reason(error), str(getattr(error, "filename", None) or "")
     if not reason and not (name and isinstance(error, OSError) and error.errno):
         raise error
+    if reason == OUT_OF_MEMORY:
+        return _report(reason, EXIT_MACHINE, may_speak)
     where = f"{name[:60]}..." if len(name) > 120 else name or "cannot write output"
     said = f"{where}: {reason or os.strerror(error.errno).lower()}"
     code = _report(said, EXIT_MACHINE if reason else EXIT_INPUT, may_speak)
@@ -230,7 +233,7 @@ def _explain(error: Exception, may_speak: Callable[[], bool]) -> int:
 
 
 def _say_stopped() -> None:
-    print("stopped; finished work is saved, run the same command to resume", file=sys.stderr, flush=True)
+    print("stopped; finished work is saved", file=sys.stderr, flush=True)
 
 
 def _report(message: str, code: int, may_speak: Callable[[], bool]) -> int:

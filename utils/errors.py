@@ -15,6 +15,7 @@ from typing import Any
 EXIT_INPUT, EXIT_MACHINE, EXIT_DIVERGED = 2, 3, 4
 # A full or failing disk, a quota, a read-only file system: not the user's fault.
 MACHINE_ERRNOS = {errno.ENOSPC, errno.EIO, errno.EROFS, errno.EDQUOT}
+OUT_OF_MEMORY = "out of memory"
 
 
 class UserError(Exception):
@@ -39,6 +40,8 @@ def machine_reason(error: BaseException) -> str | None:
     # Libraries that write from C++ and Rust give the errno in their message only.
     found = re.search(r"(?:os error |[Ee]rrno )(\d+)", str(error))
     number = getattr(error, "errno", None) or (int(found.group(1)) if found else None)
+    if isinstance(error, MemoryError) or number == errno.ENOMEM or "can't allocate memory" in str(error):  # torch's
+        return OUT_OF_MEMORY
     return os.strerror(number).lower() if number in MACHINE_ERRNOS else None
 
 
@@ -48,6 +51,11 @@ def lost_process(error: BaseException) -> str | None:
         return None
     waited = re.search("timed ?out|timeout", str(error), re.IGNORECASE)
     return f"another process {'does not answer' if waited else 'has ended'}"
+
+
+def resume_advice() -> str:
+    """Say how to go on; the same command with --overwrite would remove what is saved."""
+    return f"run the same command {'without --overwrite ' * ('--overwrite' in sys.argv)}to resume"
 
 
 def require_finite(step: int | str, **values: float) -> None:
@@ -63,20 +71,26 @@ def explain_failures(
 ) -> Iterator[None]:
     """Re-raise known failures of a training (out of memory, full disk, divergence) as a one-line UserError.
 
-    It names state.step, the newest of list_checkpoints(), and a smaller batch size or learning rate to try.
+    It names state.step, the newest of list_checkpoints(), and smaller micro-batches or another learning rate to try.
     """
     try:
         yield
     except Exception as error:
         # PyTorch reports a killed data worker a second time, from a signal handler: not in the middle of this.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        what, code = machine_reason(error), getattr(error, "code", EXIT_MACHINE)
-        advice = "run the same command to resume"
+        what, code, advice = machine_reason(error), getattr(error, "code", EXIT_MACHINE), resume_advice()
+        is_gpu = type(error).__name__ == "OutOfMemoryError"  # torch's, which is not imported here
         if isinstance(error, UserError):
+            if code == EXIT_INPUT:
+                raise  # a refusal is no failure
             what = str(error)
-            advice = f"try a --learning-rate below {learning_rate:g}" if code == EXIT_DIVERGED else advice
-        elif type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported here
-            what, advice = f"out of GPU memory (batch {batch_size})", f"try --batch-size {max(1, batch_size // 2)}"
+            if code == EXIT_DIVERGED:
+                advice = f"try a --learning-rate below {learning_rate:g}, with --overwrite"
+        elif is_gpu or what == OUT_OF_MEMORY:
+            size = state.machine.get("micro_batch_size", batch_size)
+            smaller = f"--micro-batch-size {size // 2} or " if size > 1 else ""
+            what = f"out of {'GPU ' if is_gpu else ''}memory ({size} blocks per forward pass)"
+            advice = f"try {smaller}--gradient-checkpointing"  # a run is resumed with both
         elif isinstance(error, ConnectionResetError | EOFError) or "DataLoader worker (pid" in str(error):
             what = "a data worker was killed (out of memory?)"
         else:

@@ -229,12 +229,14 @@ def test_settings_are_compared_by_name(tmp_path):
 
 def test_another_machine_is_noted_once(capsys):
     state = TrainState()
-    checkpoint.record_machine(state, torch.device("cpu"), 4)
+    checkpoint.record_machine(state, torch.device("cpu"), "fp32", 4)
     assert capsys.readouterr().err == ""
-    assert state.machine.keys() == {"processes", "threads", "torch", "device", "processor", "micro_batch_size"}
+    assert state.machine.keys() == {
+        *("processes", "threads", "torch", "device", "dtype", "processor", "micro_batch_size")
+    }
     assert (state.machine["device"], state.machine["micro_batch_size"]) == ("cpu", 4)
     state.machine |= {"threads": 77, "torch": "0.1"}
-    checkpoint.record_machine(state, torch.device("cpu"), 4)
+    checkpoint.record_machine(state, torch.device("cpu"), "fp32", 4)
     says = f"threads {torch.get_num_threads()}, was 77; torch {torch.__version__}, was 0.1"
     assert capsys.readouterr().err == f"warning: not bit-identical from here: {says}\n"
     assert state.machine["torch"] == torch.__version__

@@ -70,12 +70,15 @@ def load_model(folder: Path, dropout: float | None = None):
 def new_model(config_path: Path, tokenizer, seed: int, dropout: float | None = None):
     """Create a model with random weights from a JSON file of config fields and the size of a tokenizer."""
     fields = read_config(config_path, "--from-scratch") | {"vocab_size": len(tokenizer)}
-    fields |= dict.fromkeys(("bos_token_id", "eos_token_id"), tokenizer.eos_token_id)
+    fields |= dict.fromkeys(("bos_token_id", "eos_token_id"), tokenizer.eos_token_id) | {"pad_token_id": None}
     config = check_causal(fields, str(config_path))
     if dropout is not None:
         set_dropout(config, dropout)
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    try:
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    except Exception as error:  # each model family fails in its own way
+        raise UserError(f"--from-scratch: {config_path} does not fit: {error}") from error
     refuse_noncausal(model.eval(), str(config_path))
     refuse_without_dropout(model, dropout)
     return model

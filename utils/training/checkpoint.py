@@ -139,10 +139,17 @@ def save_best(output_dir: Path, model, tokenizer, dtype: torch.dtype) -> None:
             save_adapter(model, adapter, partial / "adapter")
 
 
-def record_machine(state: TrainState, device: torch.device, micro_batch_size: int) -> None:
+def name_processor() -> str:
+    """Return the processor's model where the system names it, else its architecture."""
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.is_file() else None
+    return found.group(1) if found else platform.machine()
+
+
+def record_machine(state: TrainState, device: torch.device, dtype: str, micro_batch_size: int) -> None:
     """Record in the state what a bit-identical resume depends on, and warn where the run was started differently."""
     machine = {"processes": parallel.size(), "threads": torch.get_num_threads(), "torch": torch.__version__,
-               "device": device.type, "processor": platform.machine(),
+               "device": device.type, "dtype": dtype, "processor": name_processor(),
                "micro_batch_size": micro_batch_size}  # fmt: skip
     before, state.machine = state.machine, machine
     changed = [f"{name} {now}, was {before[name]}" for name, now in machine.items() if before.get(name, now) != now]

@@ -39,7 +39,7 @@ class MetricsLog:
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # an optional package
 
-            self.writer = SummaryWriter(folder / "tensorboard", purge_step=step or None)
+            self.writer = SummaryWriter(folder / "tensorboard", purge_step=step + 1)  # what is later is lost
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Append one line at once, so that a killed run keeps it."""

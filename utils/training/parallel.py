@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from utils.errors import EXIT_MACHINE, UserError, lost_process
+from utils.errors import EXIT_MACHINE, UserError, lost_process, resume_advice
 from utils.storage import diff_settings
 
 SPEAKER = "speaker"  # the store's key for the process whose error line is printed
@@ -41,7 +41,7 @@ def joined(device: torch.device, timeout: int) -> Iterator[torch.device]:
         reason = None if isinstance(error, UserError) else lost_process(error)
         if reason is None:
             raise
-        raise UserError(f"{reason}; run the same command to resume", EXIT_MACHINE) from error
+        raise UserError(f"{reason}; {resume_advice()}", EXIT_MACHINE) from error
     if size() > 1:  # not after an error: leaving in order would wait for the others, who notice that it has ended
         dist.destroy_process_group()
 
