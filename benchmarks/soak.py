@@ -118,6 +118,9 @@ def main() -> int:
     parser.add_argument("names", nargs="*", help="starts of names of parts")
     parser.add_argument("--list", action="store_true", help="run nothing; list the parts with their state and time")
     args, stored = parser.parse_args(), read_stored()
+    for name in args.names:
+        if not any(part.name.startswith(name) for part in PARTS):
+            parser.error(f"no part's name starts with {name!r}; --list lists them")
     parts = [part for name in args.names or [""] for part in PARTS if part.name.startswith(name)]
     states = {part.name: state_of(part, stored) for part in parts}
     if args.list:
