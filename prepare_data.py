@@ -58,6 +58,7 @@ from tqdm import tqdm
 from utils.data import doctor
 from utils.data.blocks import FORMAT, read_manifest, save_blocks
 from utils.data.corpus import EXAMINED, SLICE_BYTES, is_large, measure_books, read_segments
+from utils.data.formats import READERS
 from utils.data.text import choose_chapters, find_books
 from utils.data.tokenizer import TokenWriter, fingerprint_tokenizer, load_tokenizer, start_ids, train_tokenizer
 from utils.data.workers import choose_workers, open_workers
@@ -110,7 +111,8 @@ def collect_settings(args, books, tokenizer):
         "model_name": None if args.train_tokenizer else args.model_name,
         "train_tokenizer": args.train_tokenizer,
         "tokenizer": None if tokenizer is None else fingerprint_tokenizer(tokenizer),
-        "books": [book.sha256 for book in books],
+        # The same bytes give other text when they are converted.
+        "books": [READERS.get(book.path.suffix.lower(), "") + book.sha256 for book in books],
     }
 
 

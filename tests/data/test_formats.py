@@ -23,7 +23,7 @@ from utils.data.formats import CHAPTER_MARK, convert_book, take_chapters
 from utils.data.text import Book, choose_chapters, read_book
 from utils.data.tokenizer import load_tokenizer
 from utils.errors import UserError
-from utils.storage import MANIFEST, read_json
+from utils.storage import MANIFEST, hash_file, read_json
 
 PAGE = '<html xmlns="http://www.w3.org/1999/xhtml" xmlns:epub="http://www.idpf.org/2007/ops"><body>{}</body></html>'
 WORD = "http://schemas.openxmlformats.org/wordprocessingml/2006/main"
@@ -207,6 +207,18 @@ def test_the_checksum_is_that_of_the_file(tmp_path):
         assert book.sha256 == hashlib.sha256(raw).hexdigest()
         assert (book.n_chars, book.n_words, len(book.chapters)) == (len(text), len(text.split()), 4)
         assert CHAPTER_MARK not in text
+
+
+def test_the_same_bytes_under_another_ending_are_another_book(script, tmp_path, tiny_model):
+    (tmp_path / "w.txt").write_bytes(make_files(write_chapters(4))[".html"])
+    shutil.copy(tmp_path / "w.txt", tmp_path / "w.html")
+    flags = ["--model-name", tiny_model, "--block-size", 16, "--output-dir", tmp_path / "blocks"]
+    assert script("prepare_data", "--input-path", tmp_path / "w.txt", *flags).code == 0
+    assert read_json(tmp_path / "blocks" / MANIFEST)["settings"]["books"] == [hash_file(tmp_path / "w.txt")]
+    code, _, err = script("prepare_data", "--input-path", tmp_path / "w.html", *flags)
+    assert (code, "was prepared with other text; use another or --overwrite" in err) == (2, True)
+    assert script("prepare_data", "--input-path", tmp_path / "w.html", *flags, "--overwrite").code == 0
+    assert "up to date" in script("prepare_data", "--input-path", tmp_path / "w.html", *flags).out
 
 
 def test_an_encoding_is_that_of_the_page(tmp_path):
