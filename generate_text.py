@@ -35,7 +35,7 @@ def parse_args(argv=None):
     add("--data-dir", type=Path, help="prepared folder with the validation text (default: the fine-tuning's)")
     add("--control-path", type=Path, default=CONTROL, metavar="FILE", help="general text, to measure forgetting")
     add("--reader-model", metavar="NAME", help="hub name or folder of the model that reads texts (default: the base)")
-    add("--judge", type=Path, nargs="+", metavar="FILE",
+    add("--judge", action="extend", type=Path, nargs="+", metavar="FILE",
         help='texts from elsewhere to measure: .jsonl rows with "text", or text with lines of --- between')  # fmt: skip
     add("--measure", action=argparse.BooleanOptionalAction, default=True, help="--no-measure: samples only")
     add = parser.add_argument_group("prompts").add_argument

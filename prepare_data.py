@@ -9,7 +9,7 @@ import math
 import os
 from pathlib import Path
 
-from utils.argument_types import auto_or, names_of, number, text_encoding
+from utils.argument_types import auto_or, file_path, names_of, number, text_encoding
 from utils.cli import Parser, parse_first, print_table, run
 from utils.errors import UserError, warn
 
@@ -26,14 +26,14 @@ SMALL_BOOK_TOKENS = 20_000
 def parse_args(argv=None):
     parser = Parser("Turn a book into block-sized token tensors.", epilog="next: python finetune_generative.py")
     add = parser.add_argument_group("text").add_argument
-    add("--input-path", nargs="+", type=Path, metavar="FILE", default=[DEFAULT_BOOK],
+    add("--input-path", action="extend", nargs="+", type=file_path, metavar="FILE",
         help=f"text, EPUB, Word or HTML files, or folders of .txt and .md files (default: {DEFAULT_BOOK})")  # fmt: skip
     add("--encoding", type=text_encoding, default="utf-8", help="text encoding of the files")
     add("--clean", type=names_of(*CLEAN), metavar="LIST",
         help=f"faults of the text to mend, joined by commas: all, or {', '.join(CLEAN)} (default: none)")  # fmt: skip
     add("--val-split", type=number(float, 0, 1, below=True), default=0.1,
         help="share of the text for validation, 0 up to below 1, taken as whole segments")  # fmt: skip
-    add("--val-path", nargs="+", type=Path, metavar="FILE",
+    add("--val-path", action="extend", nargs="+", type=file_path, metavar="FILE",
         help="use these whole files for validation instead; they may also be in --input-path")  # fmt: skip
     add = parser.add_argument_group("tokens").add_argument
     add("--model-name", default="gpt2",
@@ -47,7 +47,9 @@ def parse_args(argv=None):
     add("--output-dir", type=Path, default=Path("results/data/blocks"), help="folder to write")
     add("--overwrite", action="store_true", help="replace the contents of --output-dir")
     add("--seed", type=number(int, 0, 2**32 - 1), default=42, help="seed of the positions of validation segments")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.input_path = args.input_path or [DEFAULT_BOOK]  # as a default of the flag, it would be extended
+    return args
 
 
 if __name__ == "__main__":  # before the heavy imports: --help and a mistyped flag are answered in 0.1 s, not in 2 s

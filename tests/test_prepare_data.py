@@ -3,11 +3,12 @@
 import math
 import shutil
 import signal
+from pathlib import Path
 
 import pytest
 from conftest import make_book, replace
 
-import prepare_data  # noqa: F401 (replace() finds what it has imported)
+import prepare_data
 import utils.data.text
 from utils.data.blocks import open_blocks
 from utils.data.tokenizer import fingerprint_tokenizer, load_tokenizer, train_tokenizer
@@ -131,6 +132,24 @@ def test_folders_and_files_in_the_order_given(prepare, library, book, tmp_path):
     assert prepare("--input-path", book, folder).code == 0
     names = [b["name"] for b in read_json(tmp_path / "blocks" / MANIFEST)["books"]]
     assert names == ["book.txt", "a.txt", "b.txt", "c.md"]
+
+
+def test_a_repeated_flag_adds_files(prepare, library, book, tmp_path):
+    folder, _ = library
+    flags = ["--input-path", book, "--val-path", folder / "b.txt", "--input-path", folder / "a.txt", folder / "b.txt"]
+    assert prepare(*flags, "--val-path", folder / "c.md").code == 0
+    manifest = read_json(tmp_path / "blocks" / MANIFEST)
+    assert [b["name"] for b in manifest["books"]] == ["book.txt", "a.txt", "b.txt", "c.md"]
+    assert [s["split"] for s in manifest["spans"]] == ["train", "train", "validation", "validation"]
+
+
+def test_the_sample_book_is_the_default_and_is_not_added_to():
+    default = prepare_data.DEFAULT_BOOK
+    for _ in range(2):
+        assert prepare_data.parse_args([]).input_path == [default]
+        assert prepare_data.parse_args(["--input-path", "x", "--input-path", "y"]).input_path == [Path("x"), Path("y")]
+    assert f"| `--input-path` | `{default}` |" in Path("notes/flags.md").read_text()
+    assert f"| `--input-path` | `prepare_data.py` | `{default}` |" in Path("README.md").read_text()
 
 
 # Whole files for validation

@@ -260,6 +260,8 @@ FLAGS = [
     ("P33", "--seed 18446744073709551616", "--seed must be 0 to 4294967295, not 18446744073709551616"),
     ("P49-unknown", "--blok-size 32", "unknown option --blok-size (did you mean --block-size?)"),
     ("P49-no-value", "--block-size", ("--block-size", "expected one argument")),
+    ("P49-input-empty", "--input-path book.txt --input-path=", "--input-path must not be empty"),
+    ("P49-val-empty", "--val-path=", "--val-path must not be empty"),
     ("P49-encoding", "--encoding klingon", ("--encoding", "'klingon' is not a text encoding")),
     ("P50", "--block 32", "unknown option --block"),
     ("P50-equals", "--block=32", "unknown option --block"),

@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Callable
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 # The hub refuses a model card with another. Source: huggingface.co/docs/hub/repositories-licenses
@@ -79,6 +80,13 @@ def plain_text(text: str) -> str:
     if any("\ud800" <= c <= "\udfff" for c in text):
         raise argparse.ArgumentTypeError("must be valid UTF-8")
     return text
+
+
+def file_path(text: str) -> Path:
+    """Parse a path that is not empty: an unset variable of the shell would become the current folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("must not be empty")
+    return Path(text)
 
 
 def text_encoding(name: str) -> str:

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+import generate_text
 from utils.data.tokenizer import load_tokenizer
 from utils.errors import UserError
 from utils.evaluation.columns import build_column, column_of_file, column_of_samples, read_judged
@@ -77,3 +78,9 @@ def test_windows_of_a_file_without_separators_stand_for_themselves(tokenizer, tm
     path.write_text("".join(f"Day {i}. Ada lost her hat {i * 7} times. " for i in range(40)))
     column = column_of_file(path, tokenizer, 20)
     assert len(set(column.groups)) == len(column.texts) > 20
+
+
+def test_a_repeated_flag_adds_files():
+    flags = ["--judge", "a.txt", "b.txt", "--judge", "c.txt"]
+    assert list(map(str, generate_text.parse_args(flags).judge)) == ["a.txt", "b.txt", "c.txt"]
+    assert generate_text.parse_args([]).judge is None
