@@ -144,6 +144,13 @@ def test_prose_is_kept_and_the_rest_is_left_out():
     assert split_chapters(pack(list_epub(first, second)), ".epub") == expected
 
 
+def test_the_terms_of_a_definition_list_stand_before_their_definitions():
+    page = """<p>Before.</p><dl><dt>Jib, <i>n.</i></dt><dd>A sail.</dd><dd><p>Of a crane.</p><p>An arm.</p></dd>
+        <dt>Keel</dt><dt>Bilge</dt><dd>Below.</dd></dl><dl><dd>Without a term.</dd></dl><p>After.</p>"""
+    expected = "Before.|Jib, n.|A sail.|Of a crane.|An arm.|Keel\nBilge|Below.|Without a term.|After."
+    assert split_chapters(PAGE.format(page), ".html") == [expected.replace("|", "\n\n") + "\n"]
+
+
 def test_a_word_document():
     empty = [("", None)] * 2
     found = split_chapters(

@@ -145,6 +145,9 @@ def _list_parts(node: Any) -> Iterator[tuple[int, str]]:
         yield 0, _clean("\n".join(map(_join_inlines, content)))
     elif kind == "CodeBlock":
         yield 0, content[1].strip("\n")
+    elif kind == "DefinitionList":
+        for term, definitions in content:
+            yield from _list_parts([{"t": "Plain", "c": term}, definitions] if term else definitions)
     elif kind == "HorizontalRule":
         yield 0, SCENE_BREAK
     elif kind not in ("Figure", "RawBlock") and not SKIPPED.intersection(_attributes(node)):
