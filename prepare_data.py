@@ -5,6 +5,7 @@
 Writes the folder that finetune_generative.py opens. notes/01_dataset_prep.md explains every step.
 """
 
+import json
 import math
 import os
 from pathlib import Path
@@ -13,6 +14,7 @@ from utils.argument_types import auto_or, file_path, names_of, number, text_enco
 from utils.cli import Parser, parse_first, print_table, run
 from utils.errors import UserError, warn
 
+MAKER = "prepare_data.py"
 DEFAULT_BOOK = Path("results/data/book.txt")
 MAX_BLOCK = 1024
 # The faults that utils/data/doctor.py knows, in the order of mending.
@@ -118,6 +120,17 @@ def collect_settings(args, books, tokenizer):
     }
 
 
+def is_prepared(folder):
+    """Return whether this script wrote a folder, by its manifest; a damaged one is left for find_prepared to report."""
+    if not (folder / MANIFEST).is_file():
+        return False
+    try:
+        manifest = json.loads((folder / MANIFEST).read_bytes())
+    except (ValueError, RecursionError):
+        return True
+    return isinstance(manifest, dict) and manifest.get("made_by") == MAKER
+
+
 def find_prepared(args, settings):
     """Return the manifest of an output folder that is up to date, else None; other settings are refused by name."""
     if args.overwrite or not (args.output_dir / MANIFEST).is_file():
@@ -137,7 +150,7 @@ def find_prepared(args, settings):
 
 def prepare(args, books, tokenizer, settings):
     """Write the output folder and return its manifest."""
-    manifest = {"format": FORMAT, "made_by": "prepare_data.py", "settings": settings}
+    manifest = {"format": FORMAT, "made_by": MAKER, "settings": settings}
     # Per token, of about four bytes of text, two ids of two bytes: raw and in blocks; and the tokenizer's files.
     size = sum(book.n_bytes for book in books) + 8_000_000
     with publish_files(args.output_dir, manifest, size, "the data") as folder:
@@ -270,15 +283,14 @@ def print_summary(args, manifest):
 
 
 def main(args):
-    is_ours = (args.output_dir / MANIFEST).is_file()
-    check_output_dir(args.output_dir, is_ours, "prepare_data.py", args.overwrite, [args.model_name])
+    check_output_dir(args.output_dir, is_prepared(args.output_dir), MAKER, args.overwrite, [args.model_name])
     with lock(args.output_dir, "prepare"):
         books, findings = read_books(args)
         tokenizer = None if args.train_tokenizer else load_model_tokenizer(args)
         settings = collect_settings(args, books, tokenizer)
         print_faults(books, findings)
-        sweep(args.output_dir)
         prepared = find_prepared(args, settings)
+        sweep(args.output_dir)
         manifest = prepared or prepare(args, books, tokenizer, settings)
     print_summary(args, manifest)
     up_to_date = "up to date: the same command on the same book, nothing to do"

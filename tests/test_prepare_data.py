@@ -13,7 +13,7 @@ import utils.data.text
 from utils.data.blocks import open_blocks
 from utils.data.tokenizer import fingerprint_tokenizer, load_tokenizer, train_tokenizer
 from utils.evaluation import ngrams
-from utils.storage import MANIFEST, describe_files, read_json, read_sealed, write_sealed
+from utils.storage import MANIFEST, OLD, describe_files, read_json, read_sealed, write_sealed
 
 
 @pytest.fixture
@@ -279,7 +279,7 @@ def test_a_damaged_file_is_made_again(prepare, tmp_path):
     assert {name: entry[0] for name, entry in after.items()} == {name: entry[0] for name, entry in before.items()}
 
 
-@pytest.mark.parametrize("content", ["", "{}", '{"format": 1,'])
+@pytest.mark.parametrize("content", ["", '{"made_by": "prepare_data.py"}', '{"format": 1,', "[" * 99_999])
 def test_overwrite_replaces_a_folder_whose_manifest_is_damaged(prepare, tmp_path, content):
     assert prepare().code == 0
     (tmp_path / "blocks" / MANIFEST).write_text(content)
@@ -288,6 +288,30 @@ def test_overwrite_replaces_a_folder_whose_manifest_is_damaged(prepare, tmp_path
     assert "manifest.json is damaged" in err
     assert prepare("--overwrite").code == 0
     assert "up to date" in prepare().out
+
+
+@pytest.mark.parametrize("content", ['{"manifest_version": 3}', "{}", "[1]", '{"made_by": "finetune_generative.py"}'])
+def test_a_folder_with_a_manifest_of_others_is_not_ours(prepare, tmp_path, content):
+    folder = tmp_path / "blocks"
+    (folder / OLD).mkdir(parents=True)
+    for name in (MANIFEST, "background.js", f"{OLD}/background.js"):
+        (folder / name).write_text(content)
+    before = snapshot(folder)
+    code, _, err = prepare()
+    assert (code, err) == (2, f"error: output-dir: {folder} is not empty and not made by prepare_data.py; "
+                              "use another or --overwrite\n")  # fmt: skip
+    assert snapshot(folder) == before
+
+
+def test_a_refused_run_removes_nothing(prepare, tmp_path):
+    assert prepare().code == 0
+    (tmp_path / "blocks" / OLD).mkdir()
+    (tmp_path / "blocks" / OLD / "rest").write_text("of a killed run")
+    before = snapshot(tmp_path / "blocks")
+    assert prepare("--seed", 7).code == 2
+    assert snapshot(tmp_path / "blocks") == before
+    assert "up to date" in prepare().out
+    assert not (tmp_path / "blocks" / OLD).exists()
 
 
 def test_a_folder_of_an_older_format_is_refused_until_overwrite(prepare, tmp_path):

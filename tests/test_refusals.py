@@ -468,7 +468,7 @@ def link_to_folder(here):
 def link_inside(here):
     (here / "config.json").write_text("{}")
     (here / "out").mkdir()
-    (here / "out" / MANIFEST).write_text("{}")
+    (here / "out" / MANIFEST).write_text('{"made_by": "prepare_data.py"}')
     (here / "out" / "run_config.json").write_text("{}")
     (here / "out" / "config.json").symlink_to("../config.json")
 
