@@ -203,15 +203,18 @@ def test_modes_follow_the_umask(tmp_path):
 
 
 FAILURES = [
-    (OSError(errno.ENOSPC, "x"), "no space left on device"),
-    (OSError(errno.EIO, "x"), "input/output error"),
-    (RuntimeError("I/O error: No space left on device (os error 28)"), "no space left on device"),
+    (OSError(errno.ENOSPC, "x"), "no space left on device, a thing needs more than 12.3 MB, 12.3 MB free"),
+    (OSError(errno.EIO, "x"), "input/output error, a thing needs 5.0 MB, 12.3 MB free"),
+    (
+        RuntimeError("I/O error: No space left on device (os error 28)"),
+        "no space left on device, a thing needs more than 12.3 MB, 12.3 MB free",
+    ),
 ]
 
 
-@pytest.mark.parametrize(("error", "reason"), FAILURES)
+@pytest.mark.parametrize(("error", "says"), FAILURES)
 @pytest.mark.parametrize("publish", [files.publish_folder, files.publish_files])
-def test_a_failing_disk_is_explained_and_nothing_is_left(tmp_path, monkeypatch, publish, error, reason):
+def test_a_failing_disk_is_explained_and_nothing_is_left(tmp_path, monkeypatch, publish, error, says):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(0, 0, 12_340_000))
     target = tmp_path / "out"
     target.mkdir()
@@ -219,7 +222,7 @@ def test_a_failing_disk_is_explained_and_nothing_is_left(tmp_path, monkeypatch, 
     with pytest.raises(UserError) as raised, publish(target, {}, 5_000_000, "a thing") as partial:
         fill(partial, error=error)
     folder = tmp_path if publish is files.publish_folder else target
-    assert str(raised.value) == f"output-dir: {folder}: {reason}, a thing needs 5.0 MB, 12.3 MB free"
+    assert str(raised.value) == f"output-dir: {folder}: {says}"
     assert raised.value.code == 3
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "old"]
 
@@ -247,6 +250,14 @@ def test_what_will_not_fit_is_not_begun(tmp_path, monkeypatch):
         raise AssertionError("begun")
     assert (str(raised.value), raised.value.code) == (says, 3)
     assert os.listdir(tmp_path) == []
+
+
+def test_a_disk_that_others_fill_lacks_what_was_estimated(tmp_path, monkeypatch):
+    free = iter([12_340_000, 3_000_000])
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(0, 0, next(free)))
+    says = "no space left on device, a thing needs 5.0 MB, 3.0 MB free"
+    with pytest.raises(UserError, match=says), files.publish_folder(tmp_path / "out", {}, 5_000_000, "a thing"):
+        raise OSError(errno.ENOSPC, "x")
 
 
 def test_a_leftover_of_a_killed_run_is_no_part_of_the_next(tmp_path):

@@ -153,8 +153,11 @@ def require_space(folder: Path, size: int, what: str) -> None:
 
 
 def _disk_error(folder: Path, reason: str, size: int, what: str) -> UserError:
-    needed, free = (f"{n_bytes / 1e6:,.1f} MB" for n_bytes in (size, shutil.disk_usage(folder).free))
-    return UserError(f"output-dir: {folder}: {reason}, {what} needs {needed}, {free} free", EXIT_MACHINE)
+    free, more = shutil.disk_usage(folder).free, ""
+    if "no space" in reason and free >= size:  # what filled the disk is removed by now: the estimate was too small
+        size, more = free, "more than "
+    needed, free = (f"{n_bytes / 1e6:,.1f} MB" for n_bytes in (size, free))
+    return UserError(f"output-dir: {folder}: {reason}, {what} needs {more}{needed}, {free} free", EXIT_MACHINE)
 
 
 @contextmanager
@@ -254,11 +257,8 @@ def describe_files(folder: Path) -> dict[str, dict]:
     """List the files below a folder except its manifest: {relative name: {"bytes": size, "sha256": hex}}."""
     paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and path != folder / MANIFEST]
     with ThreadPoolExecutor() as pool:
-        hashes = pool.map(hash_file, paths)
-        return {
-            path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256}
-            for path, sha256 in zip(paths, hashes, strict=True)
-        }
+        hashed = zip(paths, pool.map(hash_file, paths), strict=True)
+        return {p.relative_to(folder).as_posix(): {"bytes": p.stat().st_size, "sha256": sha256} for p, sha256 in hashed}
 
 
 def verify_folder(folder: Path) -> str | None:
