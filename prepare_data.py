@@ -215,10 +215,14 @@ def write_blocks(args, books, tokenizer, folder):
 def check_block_counts(args, n_tokens, size):
     """Refuse a text that leaves a split without a block, which takes `size` tokens of it."""
     total = sum(n_tokens.values())
-    if total < size:
-        raise UserError(f"{args.input_path[0]} gives {total} token{'s' if total != 1 else ''}; one block needs {size} "
-                        "- use a longer text or a smaller --block-size")  # fmt: skip
-    wanted = {"training": "train"} | ({"validation": "validation"} if args.val_split or args.val_path else {})
+    texts = {args.input_path[0]: total}
+    if args.val_path:
+        texts = {args.input_path[0]: n_tokens["train"], f"--val-path {args.val_path[0]}": n_tokens["validation"]}
+    for text, count in texts.items():
+        if count < size:
+            raise UserError(f"{text} gives {count} token{'s' if count != 1 else ''}; one block needs {size} "
+                            "- use a longer text or a smaller --block-size")  # fmt: skip
+    wanted = {"training": "train"} | ({"validation": "validation"} if args.val_split else {})
     empty = [name for name, split in wanted.items() if n_tokens[split] < size]
     if empty:
         raise UserError(f"the text gives {total // size} blocks; --val-split {args.val_split:g} of them leaves none "
@@ -254,8 +258,11 @@ def print_summary(args, manifest):
 
     chapters = manifest.get("chapters")
     if chapters:
-        how = (f"{chapters['whole']} whole ones, spread over the book, are validation text" if chapters["whole"]
-               else "segments are cut at paragraph ends within them")  # fmt: skip
+        how = "segments are cut at paragraph ends within them"
+        if chapters["whole"]:
+            how = f"{chapters['whole']} whole ones, spread over the book, are validation text"
+        elif args.val_path or not args.val_split:
+            how = "each is one segment"
         chapters = f"{chapters['count']}; {how}"
 
     row = ("{segments} segments, {tokens:,} tokens -> {blocks:,} blocks of {block_size} "

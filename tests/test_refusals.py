@@ -386,11 +386,17 @@ def test_argument_mistakes_load_nothing_heavy(argv):
             ("the text gives", "0.999 of them leaves none for training"),
             id="P31-train",
         ),
+        pytest.param(
+            ["--block-size", 32, "--val-path", "short.txt"],
+            ("--val-path short.txt gives 2 tokens; one block needs 32 - use a longer text or a smaller --block-size"),
+            id="P31-val-path",
+        ),
     ],
 )
 def test_sizes_that_do_not_fit(refuse, here, tiny_model, argv, says):
     """Blocks that the model cannot take, or shares without a block, are refused; no parent stays behind."""
     (here / "book.txt").write_text(TEXT * 20)
+    (here / "short.txt").write_text("it")
     argv = ["--input-path", "book.txt", "--model-name", tiny_model, "--output-dir", "new/parent/out", *argv]
     refuse("prepare_data", *argv, says=says)
 

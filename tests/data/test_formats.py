@@ -280,6 +280,12 @@ def test_few_chapters_are_cut_at_paragraph_ends(prepare, tmp_path, seed):
     assert len({segment.start // (len(text) // 3) for segment in validation}) >= 3
 
 
+def test_without_validation_each_chapter_is_one_segment(prepare, tmp_path):
+    code, out, _ = prepare("book.html", make_files(write_chapters(6))[".html"], "--val-split", 0)
+    assert (code, "  6; each is one segment\n" in out) == (0, True)
+    assert len(read_json(tmp_path / "book.html.blocks" / MANIFEST)["spans"]) == 6
+
+
 def test_uneven_chapters_are_not_chosen_whole(tmp_path):
     """One chapter is nine tenths of the book: no selection of whole ones is near a tenth."""
     sizes = [100] * 20 + [50_000] + [100] * 20
@@ -294,7 +300,8 @@ def test_uneven_chapters_are_not_chosen_whole(tmp_path):
 def test_a_file_for_validation_is_cut_at_its_chapters_too(prepare, tmp_path):
     raw = make_files(write_chapters(6))[".html"]
     (tmp_path / "other.html").write_bytes(raw)
-    assert prepare("book.html", raw[:-50] + b"x", "--val-path", tmp_path / "other.html").code == 0
+    code, out, _ = prepare("book.html", raw[:-50] + b"x", "--val-path", tmp_path / "other.html")
+    assert (code, "  12; each is one segment\n" in out) == (0, True)
     spans = read_json(tmp_path / "book.html.blocks" / MANIFEST)["spans"]
     assert [(span["book"], span["split"]) for span in spans] == [(0, "train")] * 6 + [(1, "validation")] * 6
 
