@@ -120,6 +120,13 @@ def collect_settings(args, books, tokenizer):
     }
 
 
+def spell_alike(settings):
+    """Return settings in which UTF-8 is utf-8, and a folder has no slash at its end."""
+    forms = {"encoding": str.lower, "model_name": lambda name: name.rstrip("/")}
+    items = settings.items() if isinstance(settings, dict) else ()  # read from a file: it may be damaged
+    return {name: forms[name](value) if name in forms and isinstance(value, str) else value for name, value in items}
+
+
 def is_prepared(folder):
     """Return whether this script wrote a folder, by its manifest; a damaged one is left for find_prepared to report."""
     if not (folder / MANIFEST).is_file():
@@ -136,9 +143,9 @@ def find_prepared(args, settings):
     if args.overwrite or not (args.output_dir / MANIFEST).is_file():
         return None
     manifest = read_manifest(args.output_dir)
-    changed = diff_settings(manifest.get("settings"), settings)
+    changed = diff_settings(spell_alike(manifest.get("settings")), spell_alike(settings))
     if changed:
-        name, was, now = changed
+        name, was, now = (" ".join(map(str, value)) if isinstance(value, list) else value for value in changed)
         flag = f"--{name.replace('_', '-')}"
         how = f"without {flag}" if was is None else f"with {flag} {was}"
         how = f"{how}, now {'without' if now is None else now}"

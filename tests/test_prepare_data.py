@@ -1,5 +1,6 @@
 """prepare_data.py as a command: what it prints, what it writes, and when it leaves a folder alone."""
 
+import itertools
 import math
 import shutil
 import signal
@@ -235,8 +236,8 @@ def test_the_same_command_again_is_up_to_date_and_touches_nothing(prepare, tmp_p
         ([], ["--train-tokenizer", 300], ", now without"),
         (["--train-tokenizer", 300], ["--train-tokenizer", 310], "--train-tokenizer 300, now 310"),
         (["--train-tokenizer", 300], [], "without --model-name, now "),
-        ([], ["--val-path", "other.txt"], "without --val-path, now ['other.txt']"),
-        (["--val-path", "other.txt"], [], "--val-path ['other.txt'], now without"),
+        ([], ["--val-path", "other.txt"], "without --val-path, now other.txt;"),
+        (["--val-path", "other.txt"], [], "--val-path other.txt, now without"),
         ([], ["--input-path", "other.txt"], "with other text;"),
     ],
 )
@@ -254,6 +255,22 @@ def test_other_settings_are_refused_by_name_until_overwrite(prepare, tmp_path, m
     assert prepare(*second, "--overwrite").code == 0
     assert snapshot(tmp_path / "blocks") != before
     assert "up to date" in prepare(*second).out
+
+
+def test_another_spelling_of_the_same_setting_is_no_other_setting(prepare, tmp_path, tiny_model):
+    spellings = [(tiny_model, "utf-8"), (f"{tiny_model}/", "UTF-8")]
+    for (first, encoding), (second, other) in itertools.permutations(spellings):
+        assert prepare("--encoding", encoding, "--overwrite", model=first).code == 0
+        assert "up to date" in prepare("--encoding", other, model=second).out
+
+
+@pytest.mark.parametrize("damaged", [[1], {"encoding": 5, "model_name": ["x"]}, None])
+def test_damaged_settings_are_other_settings(prepare, tmp_path, damaged):
+    assert prepare().code == 0
+    write_sealed(tmp_path / "blocks", read_sealed(tmp_path / "blocks") | {"settings": damaged})
+    code, _, err = prepare()
+    assert (code, err.count("\n")) == (2, 1)
+    assert "was prepared with" in err
 
 
 def test_a_changed_tokenizer_under_the_same_name_is_noticed(prepare, book, tmp_path, tiny_model):
