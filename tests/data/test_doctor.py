@@ -148,6 +148,12 @@ def test_all_faults_at_once_are_mended_in_their_order():
     assert ratio > 0.97  # a page that ends with a sentence may end a paragraph or not
 
 
+def test_a_hyphen_before_the_first_letter_divides_no_word():
+    """The character before the first is none, and not the last."""
+    mended, counts = clean("-\nfoo for-\nget, re-\nmember, har-\nbour end", ["hyphens"])
+    assert (mended, counts) == ("-\nfoo\nforget,\nremember,\nharbour end", {"hyphens": 3})
+
+
 def test_a_hyphen_that_belongs_to_the_word_is_kept():
     text = ("He said that the well-known doornail was a thing of beauty to behold.\n" * 3) + (
         "They met a well-\nknown man, who des-\ncribed the door-\nnail to a sis-\nter-in-law of remark-\nable wit.\n"

@@ -183,7 +183,7 @@ def find_hyphens(text: str) -> list[Edit]:
 
     A hyphen belongs to the word if the text has the word with it elsewhere, or has both halves but not the whole.
     """
-    divisions = [match for match in DIVISION.finditer(text) if _is_one_word(text[match.start() - 1], match[2])]
+    divisions = [m for m in DIVISION.finditer(text) if m.start() and _is_one_word(text[m.start() - 1], m[2])]
     if len(divisions) < MIN_DIVISIONS:
         return []
     others = re.sub(rf"{WORD}[-\u00ad¬][ \t]*\n{WORD}", " ", text.lower())
