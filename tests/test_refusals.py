@@ -169,6 +169,13 @@ def test_book_content(refuse, here, tiny_model, content, says):
     refuse("prepare_data", "--input-path", "book.txt", *prepare_flags(tiny_model), says=says)
 
 
+def test_half_a_character(refuse, here, tiny_model):
+    """An encoding that can spell one half of a surrogate pair is no way around UTF-8."""
+    (here / "book.txt").write_bytes(TEXT.encode() * 20 + b"+2AA-")
+    flags = ["--input-path", "book.txt", "--encoding", "utf-7", *prepare_flags(tiny_model)]
+    refuse("prepare_data", *flags, says="book.txt is not utf-7: half a character, '\\ud800'")
+
+
 def make_fifo(place):
     os.mkfifo(place)
 

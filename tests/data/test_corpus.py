@@ -96,16 +96,18 @@ def test_slices_in_other_encodings(tmp_path, small_limits, encoding):
 
 
 @pytest.mark.parametrize("at", [5, 4_000, 9_999])
-@pytest.mark.parametrize("bad", [b"\xff", b"\0", b"\xe4\xb8"])
-def test_what_is_no_text_is_refused_as_in_a_small_file(tmp_path, small_limits, monkeypatch, at, bad):
+@pytest.mark.parametrize(
+    ("bad", "encoding"), [(b"\xff", "utf-8"), (b"\0", "utf-8"), (b"\xe4\xb8", "utf-8"), (b"+2AA-", "utf-7")]
+)
+def test_what_is_no_text_is_refused_as_in_a_small_file(tmp_path, small_limits, monkeypatch, at, bad, encoding):
     raw = make_book(200).encode()[:10_000]
     path = tmp_path / "a.txt"
     path.write_bytes(raw[:at] + bad + raw[at:])
     with pytest.raises(UserError) as large:
-        list(measure_books([path], [], "utf-8", None, 0))
+        list(measure_books([path], [], encoding, None, 0))
     monkeypatch.setattr(corpus, "WHOLE_BYTES", 1 << 20)
     with pytest.raises(UserError) as small:
-        list(measure_books([path], [], "utf-8", None, 0))
+        list(measure_books([path], [], encoding, None, 0))
     assert str(large.value) == str(small.value)
 
 

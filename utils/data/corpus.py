@@ -21,6 +21,7 @@ from utils.data.text import (
     CUT_PATTERNS,
     Book,
     Segment,
+    check_characters,
     check_first_bytes,
     choose_chapters,
     choose_validation_spans,
@@ -108,8 +109,7 @@ def read_slices(path: Path, encoding: str, digest) -> Iterator[str]:
             except UnicodeDecodeError as error:
                 offset = n_read + len(raw) - len(error.object)
                 raise UserError(f"{name} is not {explain_decoding(error, encoding, offset, n_lines)}") from None
-            if "\0" in text:
-                raise UserError(f"{name} has a zero byte at offset {n_read + raw.find(0)}; it is not plain text")
+            check_characters(text, raw, encoding, name, n_read)
             held += text if n_read else text.removeprefix("\ufeff")
             n_read, n_lines = n_read + len(raw), n_lines + raw.count(b"\n")
             cut = _last_cut(held) if raw else len(held)

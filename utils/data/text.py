@@ -141,8 +141,7 @@ def _decode(raw: bytes, encoding: str, name: str) -> str:
         text = raw.decode(encoding)
     except UnicodeDecodeError as error:
         raise UserError(f"{name} is not {explain_decoding(error, encoding)}") from None
-    if "\0" in text:
-        raise UserError(f"{name} has a zero byte at offset {raw.find(0)}; it is not plain text")
+    check_characters(text, raw, encoding, name)
     return text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
 
 
@@ -182,6 +181,16 @@ def check_first_bytes(raw: bytes, encoding: str, name: str) -> None:
         if len(raw) >= min_size and zeros > min_zeros * len(raw):
             advice = f"convert it: iconv -f UTF-{width}{order} -t UTF-8"
             raise UserError(f"{name} looks like UTF-{width} without a mark{share}; {advice}")
+
+
+def check_characters(text: str, raw: bytes, encoding: str, name: str, offset: int = 0) -> None:
+    """Raise UserError for decoded bytes, which start at byte `offset`, with characters that no plain text has."""
+    if "\0" in text:
+        raise UserError(f"{name} has a zero byte at offset {offset + raw.find(0)}; it is not plain text")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # UTF-7 can spell half of a surrogate pair
+        raise UserError(f"{name} is not {encoding}: half a character, {text[error.start]!r}") from None
 
 
 def explain_decoding(error: UnicodeDecodeError, encoding: str, offset: int = 0, n_lines: int = 0) -> str:
