@@ -10,7 +10,7 @@ import math
 import os
 from pathlib import Path
 
-from utils.argument_types import auto_or, file_path, names_of, number, text_encoding
+from utils.argument_types import auto_or, file_path, names_of, number, plain_text, text_encoding
 from utils.cli import Parser, parse_first, print_table, run
 from utils.errors import UserError, warn
 
@@ -38,7 +38,7 @@ def parse_args(argv=None):
     add("--val-path", action="extend", nargs="+", type=file_path, metavar="FILE",
         help="use these whole files for validation instead; they may also be in --input-path")  # fmt: skip
     add = parser.add_argument_group("tokens").add_argument
-    add("--model-name", default="gpt2",
+    add("--model-name", type=plain_text, default="gpt2",
         help="model to prepare for, name or folder; it gives the tokenizer and limits the block size")  # fmt: skip
     add("--train-tokenizer", type=number(int, 257, 1_000_000), metavar="N",
         help="train a byte-level BPE tokenizer of N tokens on the training text instead")  # fmt: skip
@@ -84,9 +84,9 @@ def read_books(args):
         args.num_workers = choose_workers(sum(os.path.getsize(path) for path in paths if os.path.isfile(path)))
     for book, found in measure_books(paths, validation, args.encoding, args.clean, args.num_workers):
         books.append(book)
-        findings += [(book.path.name, finding) for finding in found]
+        findings += [(book.name, finding) for finding in found]
         if args.output_dir.resolve() in book.path.resolve().parents:
-            raise UserError(f"output-dir: refusing to use {args.output_dir}; it holds the book {book.path.name}")
+            raise UserError(f"output-dir: refusing to use {args.output_dir}; it holds the book {book.name}")
     return books, findings
 
 
@@ -107,7 +107,7 @@ def collect_settings(args, books, tokenizer):
     """Return all that shapes the result: equal settings give an equal folder."""
     return {
         "block_size": args.block_size,
-        "val_path": [book.path.name for book in books if book.validation] or None,
+        "val_path": [book.name for book in books if book.validation] or None,
         "val_split": None if args.val_path else args.val_split,
         "encoding": args.encoding,
         "clean": ",".join(args.clean) if args.clean else None,
@@ -170,7 +170,7 @@ def prepare(args, books, tokenizer, settings):
             "tokenizer": {"sha256": settings["tokenizer"] or fingerprint_tokenizer(tokenizer),
                           "size": len(tokenizer), "end_of_text_id": tokenizer.eos_token_id,
                           **({"start_id": start_ids(tokenizer)[0]} if start_ids(tokenizer) else {})},
-            "books": [{"name": book.path.name, "sha256": book.sha256, "chars": book.n_chars, "words": book.n_words,
+            "books": [{"name": book.name, "sha256": book.sha256, "chars": book.n_chars, "words": book.n_words,
                        "cleaned": book.cleaned}
                       for book in books],
             **describe_chapters(args, books),
@@ -238,7 +238,7 @@ def check_block_counts(args, n_tokens, size):
 
 def print_faults(books, findings):
     """Print one line per fault that --clean has mended, and one per fault that it would mend."""
-    rows, large = [], [book.path.name for book in books if is_large(book.path)]
+    rows, large = [], [book.name for book in books if is_large(book.path)]
     if large:
         several = f" and {len(large) - 1} more" * (len(large) > 1)
         rows.append(("examined", f"{EXAMINED} or more parts of {SLICE_BYTES >> 20} MB of {large[0]}{several}"))

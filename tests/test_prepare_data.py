@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import os
 import shutil
 import signal
 from pathlib import Path
@@ -142,6 +143,14 @@ def test_a_repeated_flag_adds_files(prepare, library, book, tmp_path):
     manifest = read_json(tmp_path / "blocks" / MANIFEST)
     assert [b["name"] for b in manifest["books"]] == ["book.txt", "a.txt", "b.txt", "c.md"]
     assert [s["split"] for s in manifest["spans"]] == ["train", "train", "validation", "validation"]
+
+
+def test_a_file_name_that_is_not_utf8_is_shown_with_a_replacement(prepare, book, tmp_path):
+    odd = Path(shutil.copy(book, tmp_path / os.fsdecode(b"caf\xe9.txt")))
+    assert prepare("--input-path", book, "--val-path", odd).code == 0
+    manifest = read_json(tmp_path / "blocks" / MANIFEST)
+    assert [b["name"] for b in manifest["books"]] == ["book.txt", "caf\ufffd.txt"]
+    assert "up to date" in prepare("--input-path", book, "--val-path", odd).out
 
 
 def test_the_sample_book_is_the_default_and_is_not_added_to():

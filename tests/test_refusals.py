@@ -268,6 +268,8 @@ FLAGS = [
     ("P49-unknown", "--blok-size 32", "unknown option --blok-size (did you mean --block-size?)"),
     ("P49-no-value", "--block-size", ("--block-size", "expected one argument")),
     ("P49-input-empty", "--input-path book.txt --input-path=", "--input-path must not be empty"),
+    ("P49-model-empty", "--model-name=", "--model-name must not be empty"),
+    ("P49-model-bytes", "--model-name caf\udce9", "--model-name must be valid UTF-8"),
     ("P49-val-empty", "--val-path=", "--val-path must not be empty"),
     ("P49-encoding", "--encoding klingon", ("--encoding", "'klingon' is not a text encoding")),
     ("P50", "--block 32", "unknown option --block"),

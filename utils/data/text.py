@@ -61,6 +61,11 @@ class Book:
     chapters: tuple[int, ...] = ()  # characters at which they start, 0 first; () for a book without
     cleaned: dict[str, int] = field(default_factory=dict)  # how often each fault was mended
 
+    @property
+    def name(self) -> str:
+        """The file's name; of one whose bytes are no UTF-8, such bytes are replaced."""
+        return os.fsencode(self.path.name).decode(errors="replace")
+
 
 @dataclass(frozen=True)
 class Segment:
