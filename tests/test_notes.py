@@ -37,7 +37,7 @@ ALLOWED = {
     "01_dataset_prep.md": {
         "Reading": "2006 34 39 16 300",  # pandoc and its limits
         "Faults of the text": "70 1,000",  # an example; of the rules
-        "Splitting into segments": "1 6 17 3 1,000 32 1",  # of the rule that chooses segments; of a strip
+        "Splitting into segments": "1 6 16 3 1,000 32 1",  # of the rule that chooses segments; of a strip
         "Tokens": "3.5 4.5 2.5",  # bytes per token that are usual, and too few
         "Blocks": "16 70000 4464 1",  # an example of a wrong type
         "A large corpus": "2 8 32 64 500 65,536 8.4 268 67 4.2",  # from where on a text is treated as a large one

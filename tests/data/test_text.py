@@ -154,6 +154,21 @@ def test_chosen_spans_are_in_order_inside_and_apart(n_chars, val_split, seed):
             assert any(a < third * (part + 1) and b > third * part for a, b in spans)
 
 
+def test_the_note_tells_how_many_segments_there_are(sample):
+    note = " ".join(Path("notes/01_dataset_prep.md").read_text(encoding="utf-8").split())
+    counts = [len(choose_validation_spans(n_chars, 0.1, 42)) for n_chars in (len(sample), 1_000_000)]
+    assert "{} for *A Christmas Carol*, {} for a book of a megabyte".format(*counts) in note
+
+
+@pytest.mark.parametrize("val_split", [0.02, 0.1, 0.3])
+def test_the_size_is_that_asked_for_up_to_one_paragraph_per_segment(sample, val_split):
+    longest = max(map(len, sample.split("\n\n"))) + 2
+    for seed in range(10):
+        segments = validation_of(sample, val_split, seed)
+        missed = sum(len(p.text) for p in segments) - val_split * len(sample)
+        assert abs(missed) <= longest * len(segments)
+
+
 def test_each_third_has_a_segment_however_many_there_are():
     for n_chars in range(10_000, 300_000, 5_000):
         for seed in range(20):

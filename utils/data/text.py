@@ -268,7 +268,7 @@ def split_book(
     No segment crosses the start of one of its chapters.
     """
     wanted = [(a - offset, b - offset) for a, b in spans if a < offset + len(text) and b > offset]
-    # 40 cuts per segment keep the actual size within a few percent of the one asked for.
+    # Each end moves to the nearest cut, which changes the size by up to one paragraph per segment.
     cuts = sorted({*find_cuts(text, 40 * len(wanted)), *chapters}) if wanted else []
     position, pieces = 0, []
     for a, b in wanted:
