@@ -11,6 +11,8 @@ from conftest import make_book
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
 from utils.data.blocks import BatchOrder, Blocks, open_blocks, pick_evenly
 from utils.data.text import choose_validation_spans, read_book, split_book
@@ -183,7 +185,7 @@ class Spelling:
         self.said = dict(said)
 
     def batch_decode(self, rows):
-        return [self.said.get(token, " word") for [token] in rows]
+        return list(map(self.decode, rows))
 
     def decode(self, ids):
         return "".join(self.said.get(token, " word") for token in ids)
@@ -332,6 +334,23 @@ def test_prompts_start_at_paragraphs_then_lines_then_sentences_then_any_token():
         36,
         48,
     ]
+
+
+LLAMA = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+
+
+@pytest.mark.parametrize(
+    "decoder",
+    [decoders.Sequence(LLAMA), decoders.Metaspace(), decoders.ByteLevel()],
+    ids=["Llama", "Metaspace", "GPT-2"],
+)
+def test_sentences_are_found_whatever_a_decoder_does_to_the_first_space(decoder):
+    space = "\u0120" if isinstance(decoder, decoders.ByteLevel) else "\u2581"
+    said = {13: ".", 25: "3.5", 38: "?", 39: "dot"}
+    rust = Tokenizer(models.WordLevel({said.get(i, f"{space}word{i}"): i for i in range(60)}, unk_token="."))
+    rust.decoder = decoder
+    pairs = blocks_of_segments(5, 12).validation_prompts(PreTrainedTokenizerFast(tokenizer_object=rust), 6, 3, 6)
+    assert starts_of(pairs) == [0, 12, 14, 24, 36, 48]
 
 
 def test_no_prompt_reaches_over_the_end_of_a_segment():

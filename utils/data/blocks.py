@@ -154,7 +154,8 @@ class Blocks:
         """
         ids, length = self.view("validation")[:PROMPT_TOKENS], n_prompt + n_reference
         unique, inverse = np.unique(ids, return_inverse=True)
-        texts = tokenizer.batch_decode(unique[:, None].tolist())
+        twice = tokenizer.batch_decode(unique[:, None].repeat(2, axis=1).tolist())
+        texts = [text[len(text) // 2 :] for text in twice]  # the second one: some decoders drop the space of the first
 
         def match(pattern: str) -> np.ndarray:
             return np.array([bool(re.search(pattern, text)) for text in texts], bool)[inverse]
