@@ -187,7 +187,10 @@ def learn_tokenizer(args, books):
     print(f"learning a tokenizer of {args.train_tokenizer:,} tokens from {source}", flush=True)
     segments = read_segments(books, args.encoding, args.val_split, args.seed, args.clean)
     texts = (segment.text for segment in segments if segment.split == "train")
-    return train_tokenizer(texts, args.train_tokenizer, one_in)
+    tokenizer = train_tokenizer(texts, args.train_tokenizer, one_in)
+    if len(tokenizer) < args.train_tokenizer:
+        print(f"learned {len(tokenizer):,} tokens: the text is too small for more", flush=True)
+    return tokenizer
 
 
 def describe_chapters(args, books):

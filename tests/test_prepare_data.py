@@ -212,6 +212,14 @@ def test_a_tokenizer_is_learned_from_the_training_text_alone(prepare, library, t
     assert snapshot(tmp_path / "blocks") == before
 
 
+def test_a_text_too_small_for_the_tokenizer_asked_for_says_how_many_tokens_it_gives(prepare, tmp_path):
+    out = prepare("--train-tokenizer", 50_000, model=None).out
+    size = read_json(tmp_path / "blocks" / MANIFEST)["tokenizer"]["size"]
+    assert 257 < size < 50_000
+    assert f"of 50,000 tokens from the training text\nlearned {size:,} tokens: the text is too small for more\n" in out
+    assert "too small" not in prepare("--train-tokenizer", 300, to="other", model=None).out
+
+
 # The same command again
 
 
