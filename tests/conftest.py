@@ -72,6 +72,11 @@ def run_script(name):
     run(lambda: module.main(module.parse_args()), may_speak=may_speak)
 
 
+def write_segment(writer, segment):
+    """Tokenize a segment and append it to its split, as prepare_data.py does."""
+    writer.append(segment, writer.exact, *writer.encode((segment, writer.exact)))
+
+
 NAMES = ["Ada", "Bram", "Cleo", "Dov", "Edda", "Finn", "Greta", "Hal", "Ines", "Jory"]
 PLACES = ["the mill", "a ferry", "the old quay", "the orchard", "a cold inn", "the bell tower", "the ford"]
 DEEDS = ["mended a net", "counted the stars", "lost her hat", "sang to the dog", "wrote nine letters", "slept"]

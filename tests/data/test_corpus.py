@@ -11,7 +11,7 @@ from collections import namedtuple
 
 import numpy as np
 import pytest
-from conftest import make_book
+from conftest import make_book, write_segment
 from counts import record_count
 from forked import Child, digest_files, run_child, strays, workshop  # noqa: F401
 from languages import make_text
@@ -240,7 +240,7 @@ def test_tokens_are_those_of_the_whole_segments(tmp_path, small_limits, language
     writer = TokenWriter(tmp_path, tokenizer)
     parts = list(read_segments(books, "utf-8", 0.1, 1))
     for part in parts:
-        writer.write(part)
+        write_segment(writer, part)
     stored = {split: ids[:] for split, ids in writer.open_tokens().items()}
     assert len(writer.spans) < len(parts)
     for span in writer.spans:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import write_segment
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -119,7 +120,7 @@ def stored_ids(folder, tokenizer, texts):
     folder.mkdir()
     writer = TokenWriter(folder, tokenizer)
     for text in texts:
-        writer.write(segment(text))
+        write_segment(writer, segment(text))
     stream = writer.open_tokens()["train"][:].tolist()
     return [stream[slice(*span["tokens"])] for span in writer.spans]
 
@@ -271,7 +272,7 @@ def test_ids_above_65535_come_back_exactly(tmp_path):
     text = "".join(map(chr, [65_535, 65_536, 65_540, 69_999, 66, 0x10FFF, 65_599, 7])) * 5
     writer = TokenWriter(tmp_path, BigVocabulary())
     for split, book_index in (("train", 0), ("validation", 0), ("train", 1)):
-        writer.write(segment(text if book_index == 0 else "", split, book_index))
+        write_segment(writer, segment(text if book_index == 0 else "", split, book_index))
     stored = {split: ids[:] for split, ids in writer.open_tokens().items()}
     assert stored["train"].dtype == np.uint32
     assert stored["train"].tolist() == list(map(ord, text))
@@ -285,7 +286,7 @@ def test_an_id_beyond_the_tokenizers_own_vocabulary_is_refused(tmp_path):
     tokenizer = BigVocabulary()
     tokenizer.size = 50_000  # stored in uint16, which 69999 would wrap around
     with pytest.raises(UserError, match="id 69999 is beyond its own vocabulary of 50000"):
-        TokenWriter(tmp_path, tokenizer).write(segment(chr(69_999)))
+        write_segment(TokenWriter(tmp_path, tokenizer), segment(chr(69_999)))
 
 
 def test_counts_and_spans_of_a_writer(byte_bpe, tmp_path):
@@ -293,7 +294,7 @@ def test_counts_and_spans_of_a_writer(byte_bpe, tmp_path):
     texts = [("train", 0, "The light.\n\n"), ("validation", 0, "Caf\u00e9 sea.\n")]
     texts += [("train", 1, "Second book."), ("validation", 1, "End.")]
     for split, book_index, text in texts:
-        writer.write(segment(text, split, book_index))
+        write_segment(writer, segment(text, split, book_index))
     stored, eos = {split: ids[:] for split, ids in writer.open_tokens().items()}, byte_bpe.eos_token_id
     assert writer.n_tokens == {split: len(ids) for split, ids in stored.items()}
     for (split, book_index, text), span in zip(texts, writer.spans, strict=True):

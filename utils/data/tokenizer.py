@@ -143,10 +143,6 @@ class TokenWriter:
         self.n_tokens = dict.fromkeys(SPLITS, 0)
         self.exact = True
 
-    def write(self, segment: Segment) -> None:
-        """Tokenize a segment and append it to its split."""
-        self.append(segment, self.exact, *self.encode((segment, self.exact)))
-
     def encode(self, item: tuple[Segment, bool]) -> tuple[np.ndarray, bool]:
         """Tokenize a segment, in pieces if that is said to be exact; return its ids, and whether it was."""
         segment, exact = item
