@@ -37,7 +37,8 @@ def parse_args(argv=None):
     add("--reader-model", metavar="NAME", help="hub name or folder of the model that reads texts (default: the base)")
     add("--judge", action="extend", type=Path, nargs="+", metavar="FILE",
         help='texts from elsewhere to measure: .jsonl rows with "text", or text with lines of --- between')  # fmt: skip
-    add("--measure", action=argparse.BooleanOptionalAction, default=True, help="--no-measure: samples only")
+    add("--measure", action=argparse.BooleanOptionalAction, default=True,
+        help="--no-measure: samples only; a measured report and its model card stay as they are")  # fmt: skip
     add = parser.add_argument_group("prompts").add_argument
     add("--prompt", action="append", help="prompt to continue; repeat the flag for more (default: two)")
     add("--prompts-file", type=Path, metavar="FILE", help="text file with one prompt per line")
@@ -99,7 +100,7 @@ from utils.evaluation.longtext import check_new_file, write_text_file
 from utils.evaluation.memorization import CopyGuard
 from utils.evaluation.ngrams import NgramIndex
 from utils.evaluation.reader import read_texts
-from utils.evaluation.render import describe_terms, render_terminal, write_report
+from utils.evaluation.render import describe_terms, has_measures, render_terminal, write_report
 from utils.evaluation.report import Report
 from utils.evaluation.unseen import check_unseen
 from utils.evaluation.verdict import judge
@@ -107,7 +108,7 @@ from utils.model.hub import hash_model, locate_model, position_limit
 from utils.model.layers import use_fast_layers
 from utils.model.loading import autocast, check_fit, load_pair, pick_device, pick_dtype
 from utils.output_dir import lock
-from utils.storage import hash_file, read_json
+from utils.storage import hash_file, read_json, write_text
 from utils.training.checkpoint import list_checkpoints
 from utils.training.metrics import read_metrics
 
@@ -377,11 +378,17 @@ def main(args):
                               other_book=is_other_book, missing=missing + reasons, n_samples=len(samples),
                               reader=settings["reader_model"], reader_is_base=reader is models["base"],
                               shown_ngram=compare.SHOWN_NGRAM, texts=texts, sources=sources, **figures))  # fmt: skip
-        write_report(args.finetuned_model, lines, report)
+        tuned = args.finetuned_model
+        write_text(tuned / "samples.jsonl", lines)
+        is_written = args.measure or not has_measures(tuned)
+        if is_written:
+            write_report(tuned, report)
     print_table("comparison", [entry for entry in settings.items() if not entry[0].endswith("_sha256")])
     print(render_terminal(report))
-    tuned = args.finetuned_model
-    print(f"\nworth opening: {tuned / 'report.html'}; the numbers: {tuned / 'report.json'}")
+    if is_written:
+        print(f"\nworth opening: {tuned / 'report.html'}; the numbers: {tuned / 'report.json'}")
+    else:
+        print(f"\nthe samples: {tuned / 'samples.jsonl'}; report and model card stay those of the measured samples")
 
 
 if __name__ == "__main__":

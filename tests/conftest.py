@@ -190,6 +190,12 @@ def large(tmp_path_factory, tiny_model, script_once):
     return folder
 
 
+def copy_run(run, folder):
+    """Copy a run's folder without its checkpoints and without what generate_text.py wrote there."""
+    kept = shutil.ignore_patterns("checkpoint-*", "README.md", "report.*", "quiz.html", "samples.jsonl")
+    return shutil.copytree(run, folder, ignore=kept)
+
+
 @pytest.fixture(scope="session")
 def measured(large, tmp_path_factory, script_once):
     """A copy of that model's folder, with the report of generate_text.py and its MEASURED_FLAGS."""

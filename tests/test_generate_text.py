@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import copy_run
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from utils.data.blocks import open_blocks
@@ -134,7 +135,8 @@ def finetuned(tmp_path_factory, prepared, script_once):
     return out
 
 
-# Not measured: further rounds of samples would be drawn, until they are long enough.
+# Not measured: further rounds of samples would be drawn, until they are long enough. A measured report would stay, so
+# tests that measure do it in a copy of the folder.
 QUICK = ["--num-validation-prompts", 2, "--no-measure"]
 
 
@@ -173,9 +175,10 @@ def test_rounds_are_drawn_until_there_is_enough_to_measure(finetuned, script, tm
     monkeypatch.setattr(stylometry, "MIN_WORDS", 60)
     (tmp_path / "control.txt").write_text("General text is another's. " * 60)
     flags = ["--max-new-tokens", 6, "--num-validation-prompts", 2, "--control-path", tmp_path / "control.txt"]
-    ran = script("generate_text", "--finetuned-model", finetuned, *flags)
+    run = copy_run(finetuned, tmp_path / "run")
+    ran = script("generate_text", "--finetuned-model", run, *flags)
     assert ran.code == 0, ran.err
-    rows, n_words = read_samples(finetuned), {}
+    rows, n_words = read_samples(run), {}
     for row in rows:
         key = row["model"], row["sample_index"]
         n_words[key] = n_words.get(key, 0) + len(stylometry.split_words(row["text"]))
@@ -185,19 +188,20 @@ def test_rounds_are_drawn_until_there_is_enough_to_measure(finetuned, script, tm
     written = {name: [n_words[name, index] for index in range(rounds)] for name in ("base", "finetuned")}
     assert min(sum(words[:-1]) for words in written.values()) < 60 <= min(map(sum, written.values()))
     assert rounds > 1
-    counted = read_json(finetuned / "report.json")["counts"]["words"]
+    counted = read_json(run / "report.json")["counts"]["words"]
     assert all(counted[name] >= 60 for name in written)
 
 
 @pytest.mark.parametrize("greedy", [["--no-do-sample"], ["--temperature", 0]])
-def test_greedy_decoding_draws_one_round_and_each_text_counts_once(finetuned, script, greedy):
+def test_greedy_decoding_draws_one_round_and_each_text_counts_once(finetuned, script, tmp_path, greedy):
     """Every further round would have the same texts: 40 samples, 2 of them different, were measured as 40."""
     flags = ["--max-new-tokens", 6, "--num-validation-prompts", 2, "--num-samples", 3, *greedy]
-    ran = script("generate_text", "--finetuned-model", finetuned, *flags)
+    run = copy_run(finetuned, tmp_path / "run")
+    ran = script("generate_text", "--finetuned-model", run, *flags)
     assert ran.code == 0, ran.err
-    rows = read_samples(finetuned)
+    rows = read_samples(run)
     assert {row["sample_index"] for row in rows} == {0}
-    counts = read_json(finetuned / "report.json")["counts"]
+    counts = read_json(run / "report.json")["counts"]
     texts = {row["text"] for row in rows if row["model"] == "finetuned" and row["text"].strip()}
     assert counts["texts"]["finetuned"] == len(texts)
 
@@ -299,9 +303,8 @@ def test_samples_beyond_every_window_are_measured_or_named(finetuned, prepared, 
 
 
 def test_without_validation_text_there_are_samples(finetuned, script, tmp_path, tiny_model):
-    alone = tmp_path / "alone"
-    kept = shutil.ignore_patterns("run_config.json", "README.md", "report.*", "quiz.html", "samples.jsonl")
-    shutil.copytree(finetuned, alone, ignore=kept)
+    alone = copy_run(finetuned, tmp_path / "alone")
+    (alone / "run_config.json").unlink()
     ran = script("generate_text", "--finetuned-model", alone, "--base-model", tiny_model, "--max-new-tokens", 4)
     assert ran.code == 0, ran.err
     assert "not measured: style and copying: there is no prepared data; give --data-dir" in ran.out

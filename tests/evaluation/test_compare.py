@@ -276,6 +276,22 @@ def test_without_data_or_measures_there_are_samples(tiny_model, script, tmp_path
         assert (tmp_path / "tuned" / page).stat().st_size > 500
 
 
+def test_samples_alone_leave_a_measured_report(measured, script, tmp_path):
+    """They took the place of the report, and of a card that said not to share the model."""
+    pages = ["report.json", "report.html", "report.md", "quiz.html", "README.md"]
+    run = shutil.copytree(measured, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoint-*"))
+    ran = script("generate_text", "--finetuned-model", run, *MISSING, "--no-measure")
+    assert ran.code == 0, ran.err
+    assert len(read(run)[2]) == 2 * 4
+    for name in pages:
+        assert (run / name).read_bytes() == (measured / name).read_bytes(), name
+    assert ran.out.endswith("report and model card stay those of the measured samples\n")
+    (run / "report.json").unlink()  # a report without measures takes the place of one without
+    for seed in (1, 2):
+        assert script("generate_text", "--finetuned-model", run, *MISSING, "--no-measure", "--seed", seed).code == 0
+        assert read(run)[1]["settings"]["seed"] == seed
+
+
 def test_a_control_text_of_ones_own(large, script, tmp_path):
     flags = ["--finetuned-model", large / "model", *MISSING, "--no-measure"]
     assert script("generate_text", *flags[:-1], "--control-path", tmp_path / "none.txt").code == 2

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from conftest import copy_run
 from forked import digest_files
 from huggingface_hub import ModelCard, ModelCardData, repocard_data
 from huggingface_hub.utils import filter_repo_objects, validate_repo_id
@@ -68,7 +69,7 @@ def test_the_embedded_base_has_a_card_that_the_hub_accepts():
 def test_language_and_license_come_from_the_bases_card_or_a_flag(large, tiny_model, script, tmp_path):
     base = shutil.copytree(tiny_model, tmp_path / "base")
     (base / "README.md").write_text("---\nlicense: mit\nlanguage: fr\n---\nA base.\n", encoding="utf-8")
-    tuned = shutil.copytree(large / "model", tmp_path / "tuned", ignore=shutil.ignore_patterns("checkpoint-*"))
+    tuned = copy_run(large / "model", tmp_path / "tuned")
     flags = ["--finetuned-model", tuned, "--base-model", base, "--no-measure", "--num-validation-prompts", 0,
              "--max-new-tokens", 2]  # fmt: skip
     for given, language, license_name in [

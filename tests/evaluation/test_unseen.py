@@ -1,12 +1,11 @@
 """Validation text is unseen: a model's report is never made on text that it was trained on."""
 
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import MEASURED_FLAGS, make_book
+from conftest import MEASURED_FLAGS, copy_run, make_book
 
 from utils.data.blocks import open_blocks
 from utils.errors import UserError
@@ -47,8 +46,7 @@ def prepare(script, large, tiny_model, out, *flags, book=None):
 def test_another_split_of_the_book_is_refused(large, tiny_model, script, tmp_path, monkeypatch):
     """Prepared again in the same place, as after the demo: the recorded folder holds pages that were trained on."""
     monkeypatch.chdir(tmp_path)  # short names: a line is cut at 240 characters
-    run, blocks = shutil.copytree(large / "model", Path("run")), Path("blocks")
-    (run / "report.json").unlink(missing_ok=True)
+    run, blocks = copy_run(large / "model", Path("run")), Path("blocks")
     prepare(script, large, tiny_model, blocks, "--seed", 7)
     config = read_json(run / "run_config.json")
     (run / "run_config.json").write_text(json.dumps(config | {"data_dir": str(blocks)}))
@@ -67,7 +65,7 @@ def test_other_blocks_of_the_same_split_are_accepted(large, tiny_model, script, 
     flags = ["--block-size", 32]
     prepare(script, large, tiny_model, tmp_path / "blocks", *flags)
     data = ["--data-dir", tmp_path / "blocks"]
-    run = shutil.copytree(large / "model", tmp_path / "run")
+    run = copy_run(large / "model", tmp_path / "run")
     ran = script("generate_text", "--finetuned-model", run, *data, *QUICK)
     assert ran.code == 0, ran.err
     assert read_json(run / "report.json")["other_book"] is False
@@ -77,7 +75,7 @@ def test_another_book_is_a_control_and_said_to_be_one(large, tiny_model, script,
     other = tmp_path / "other.txt"
     other.write_text(make_book(1700)[::-1])
     prepare(script, large, tiny_model, tmp_path / "blocks", book=other)
-    run = shutil.copytree(large / "model", tmp_path / "run")
+    run = copy_run(large / "model", tmp_path / "run")
     ran = script("generate_text", "--finetuned-model", run, "--data-dir", tmp_path / "blocks", *MEASURED_FLAGS)
     assert ran.code == 0, ran.err
     assert "A control: the validation text is of another book" in ran.out.replace("\n", " ")
@@ -89,7 +87,7 @@ def test_another_book_is_a_control_and_said_to_be_one(large, tiny_model, script,
 
 
 def test_the_training_text_of_a_folder_from_elsewhere_is_not_known(large, tiny_model, script, tmp_path):
-    run = shutil.copytree(large / "model", tmp_path / "run")
+    run = copy_run(large / "model", tmp_path / "run")
     (run / "run_config.json").unlink()
     ran = script("generate_text", "--finetuned-model", run, "--data-dir", large / "blocks", "--base-model", tiny_model,
                  *QUICK)  # fmt: skip

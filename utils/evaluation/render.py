@@ -19,6 +19,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from utils.errors import UserError
 from utils.evaluation.plots import draw_copying, draw_loss, draw_parts, render_svg
 from utils.evaluation.report import NAMES, Report, list_columns, list_quarters, list_scores
 from utils.storage import read_json, write_json, write_text
@@ -32,13 +33,19 @@ TERMS = ("language", "license", "license_name", "license_link")  # of a model ca
 BLOCK_START = re.compile(r"[-+=:]|\d+(?=[.)])")
 
 
-def write_report(folder: Path, samples: str, report: Report) -> None:
-    """Write samples.jsonl, report.json and the pages into a folder.
+def has_measures(folder: Path) -> bool:
+    """Say whether the report in a folder has measures."""
+    with suppress(UserError):  # none, or damaged
+        return bool(read_json(folder / "report.json").get("settings", {}).get("measure"))
+    return False
+
+
+def write_report(folder: Path, report: Report) -> None:
+    """Write report.json and the pages into a folder.
 
     The model card is written only into a run's folder: the README.md of another project stays.
     """
     report = replace(report, card_metadata=describe_card(report, read_json(folder / "config.json")["model_type"]))
-    write_text(folder / "samples.jsonl", samples)
     write_json(folder / "report.json", report.to_dict())
     pages = {"report.html": "report.html", "report.md": "report.md"}
     if report.quiz_pairs:
