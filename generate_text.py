@@ -374,7 +374,7 @@ def main(args):
         lines = "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
         settings["samples_sha256"] = hashlib.sha256(lines.encode()).hexdigest()
         texts, sources = compare.arrange_texts(prompts, samples, data, tokenizer)
-        report = judge(Report(settings=settings, books=data.manifest["books"] if data else [],
+        report = judge(Report(settings=settings, books=compare.list_training_books(data, is_other_book),
                               other_book=is_other_book, missing=missing + reasons, n_samples=len(samples),
                               reader=settings["reader_model"], reader_is_base=reader is models["base"],
                               shown_ngram=compare.SHOWN_NGRAM, texts=texts, sources=sources, **figures))  # fmt: skip

@@ -19,7 +19,7 @@ from utils.data.blocks import open_blocks
 from utils.data.tokenizer import load_tokenizer, train_tokenizer
 from utils.evaluation import stylometry
 from utils.evaluation.columns import build_columns
-from utils.evaluation.compare import compare_texts, make_quiz
+from utils.evaluation.compare import compare_texts, list_training_books, make_quiz
 from utils.evaluation.loss import measure_gain
 from utils.evaluation.stylometry import MIN_WORDS, split_words
 from utils.model.loading import autocast, load_pair
@@ -308,6 +308,17 @@ def test_max_copy_without_training_text_is_refused(tiny_model, script, tmp_path)
     ran = script("generate_text", "--finetuned-model", tmp_path / "tuned", "--base-model", base, "--max-copy", 8)
     assert ran.code == 2
     assert "--max-copy" in ran.err
+
+
+def test_a_book_of_validation_alone_is_not_said_to_be_trained_on(book, tiny_model, script, tmp_path):
+    (tmp_path / "unseen.txt").write_text("The cat sat on the mat and looked at me.\n\n" * 40)
+    ran = script("prepare_data", "--input-path", book, "--val-path", tmp_path / "unseen.txt", "--model-name",
+                 tiny_model, "--block-size", 32, "--output-dir", tmp_path / "blocks")  # fmt: skip
+    assert ran.code == 0, ran.err
+    data = open_blocks(tmp_path / "blocks")
+    assert {entry["name"] for entry in data.manifest["books"]} == {"book.txt", "unseen.txt"}
+    assert [entry["name"] for entry in list_training_books(data, False)] == ["book.txt"]
+    assert list_training_books(data, True) == list_training_books(None, False) == []
 
 
 def test_gain_by_hand():

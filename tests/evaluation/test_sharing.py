@@ -56,6 +56,8 @@ def test_the_card_of_a_run_has_metadata_that_the_hub_accepts(measured):
     results = {result.metric_type: result.metric_value for result in card.data.eval_results}
     assert results["perplexity"] == pytest.approx(report["scores"]["book"]["finetuned"]["eval/perplexity"], abs=1e-5)
     assert report["settings"]["data_sha256"] in card.content
+    assert report["settings"]["judged_sha256"] == {}
+    assert "| judged |" not in card.content
     assert ("Do not share" in card.content) == bool(report["flags"]["memorized"] or report["flags"]["copies"])
     for name in ("language", "license"):
         assert f"No {name} is given, since the base model's card names none" in card.content

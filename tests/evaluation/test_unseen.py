@@ -79,6 +79,7 @@ def test_another_book_is_a_control_and_said_to_be_one(large, tiny_model, script,
     ran = script("generate_text", "--finetuned-model", run, "--data-dir", tmp_path / "blocks", *MEASURED_FLAGS)
     assert ran.code == 0, ran.err
     assert "A control: the validation text is of another book" in ran.out.replace("\n", " ")
+    assert read_json(run / "report.json")["books"] == []
     other.write_text(make_book(1700).replace("Day 1.", "Day one."))  # another file, the same book
     prepare(script, large, tiny_model, tmp_path / "blocks", "--overwrite", "--seed", 7, book=other)
     ran = script("generate_text", "--finetuned-model", run, "--data-dir", tmp_path / "blocks", *QUICK)

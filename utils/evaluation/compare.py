@@ -186,6 +186,14 @@ def arrange_texts(
     return rows, [data.locate(position, tokens, tokenizer) for position, tokens in spans]
 
 
+def list_training_books(data: Blocks | None, is_other_book: bool) -> list[dict]:
+    """Return the manifest's entries of the books that the model was trained on; of another model's data, none."""
+    if data is None or is_other_book:
+        return []
+    trained = {span["book"] for span in data.manifest["spans"] if span["split"] == "train"}
+    return [book for number, book in enumerate(data.manifest["books"]) if number in trained]
+
+
 def make_quiz(samples: list[dict], data: Blocks, tokenizer, seed: int) -> dict[str, list]:
     """Choose snippets of equal token length for the blind test, whose cut first and last words are left out.
 
