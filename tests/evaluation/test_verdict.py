@@ -151,13 +151,16 @@ def test_no_sentence_is_false(report):
     assert bool(learned) == bool(flags["learned_the_book"])
     if learned:
         assert book["low"] > 0
-        assert report.style_gain is None or report.style_gain["low"] > 0
+        assert report.style_gain["low"] > 0
     if find(verdict, "It did not learn"):
         assert book["value"] <= 0
     uncertain = find(verdict, "It is not certain")
     if uncertain:
         assert book["value"] > 0
         assert min(book["low"], report.style_gain["low"] if report.style_gain else 1) <= 0
+    unknown = find(verdict, "Unseen pages cost")
+    assert bool(unknown) == (book is not None and book["low"] > 0 and book["value"] > 0 and report.style_gain is None)
+    assert not unknown or flags["learned_the_book"] is None
     cost = re.search(r"cost ([\d.]+) bits per byte (less|more)", " ".join(verdict))
     if cost:
         assert float(cost[1]) == pytest.approx(abs(book["value"]), abs=0.0051)
@@ -343,11 +346,13 @@ def test_verdict_names_what_is_wrong(change, flag, value, words):
     assert words in " ".join(judged.verdict)
 
 
-def test_without_general_text_the_likelihood_of_unseen_pages_is_still_judged():
+def test_without_general_text_it_is_not_known_whether_the_book_was_learned():
     judged = judge(replace(figures(), style_gain=None, control_gain=None, forgetting_percent=None))
-    cost = "unseen pages cost 0.35 bits per byte less than for the base model."
-    assert judged.verdict[0] == f"It learned the book: {cost}"
-    assert judged.flags["learned_the_book"] is True
+    assert judged.verdict[0] == (
+        "Unseen pages cost 0.35 bits per byte less than for the base model; whether it learned more than the book's "
+        "language is not known without enough general text of that language."
+    )
+    assert judged.flags["learned_the_book"] is None
 
 
 def test_verdict_of_nothing_is_empty():

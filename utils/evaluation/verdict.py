@@ -206,7 +206,10 @@ def _judge_gain(report: Report) -> tuple[str | None, bool | None]:
     if book["low"] <= 0:
         bounds = f"{book['low']:.2f} to {book['high']:.2f}"
         return f"It is not certain that it learned the book: {cost} (interval of the gain {bounds}).", False
-    if style and style["low"] <= 0:
+    if style is None:
+        return (f"{cost.capitalize()}; whether it learned more than the book's language is not known without enough "
+                "general text of that language."), None  # fmt: skip
+    if style["low"] <= 0:
         general = report.control_gain["value"]
         change = f"{abs(general):.2f} {'less' if general > 0 else 'more'}"
         return (
