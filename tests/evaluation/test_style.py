@@ -1,6 +1,7 @@
 """Style: columns are compared with equal amounts, copies stay with their originals, the weakest part counts."""
 
 import dataclasses
+import itertools
 from types import SimpleNamespace
 
 import numpy as np
@@ -57,6 +58,22 @@ def test_columns_are_compared_with_equal_amounts(book):
     assert figures["parts"].keys() == {"words", "spelling", "sense"}
     without = {name: columns[name] for name in ("base", "finetuned")}
     assert judge_style(book, judged, without)["gap_closed"] is None  # nobody to compare with
+
+
+@pytest.mark.parametrize("lengths", [[5000], [30] * 200, [7, 3000, 30, 30, 2000, 1]], ids=["long", "short", "mixed"])
+def test_a_sample_of_a_long_book_has_short_texts_too(monkeypatch, lengths):
+    """Poems or letters, none as long as a window: there was nothing to join, and an error after all sampling."""
+    monkeypatch.setattr(style, "BOOK_TOKENS", 1000)
+    monkeypatch.setattr(style, "BOOK_WINDOW", 100)
+    edges, train = np.cumsum([0, *lengths]).tolist(), np.arange(sum(lengths))
+    spans = [(start, end, {}) for start, end in itertools.pairwise(edges)]
+    data = SimpleNamespace(ids=lambda _: train, spans=lambda _: spans)
+    ids, is_whole = style.sample_book(data, SimpleNamespace(decode=lambda ids: ids))
+    assert is_whole is False
+    assert 700 <= len(ids) <= 1000
+    assert len(set(ids)) == len(ids)
+    assert all(((start <= ids) & (ids < end)).any() for start, end, _ in spans if end - start >= 1000)
+    assert ids.max() - ids.min() > 0.8 * len(train)  # spread over the book
 
 
 def test_the_weakest_part_counts():

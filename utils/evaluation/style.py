@@ -20,15 +20,19 @@ PARTS = {"words": "delta", "spelling": "unknown_words", "sense": "reader_auc"}
 HIGHEST = {"unknown_words": 1, "reader_auc": 1}
 MIN_TEXTS = 10  # of different groups, for a classifier
 MIN_WINDOWS = RUNS  # of training text, as long as a sample
-BOOK_TOKENS, BOOK_WINDOW = 2_000_000, 1000  # of a longer training text, windows of this many tokens in all are read
+BOOK_TOKENS, BOOK_WINDOW = 2_000_000, 1000  # of a longer training text, pieces of this many tokens in all are read
 
 
 def sample_book(data: Blocks, tokenizer) -> tuple[str, bool]:
-    """Return the training text and whether it is whole; of a long one, windows spread over it."""
+    """Return the training text and whether it is whole; of a long one, pieces spread over it, short texts as such."""
     train = data.ids("train")
     if len(train) <= BOOK_TOKENS:
         return tokenizer.decode(train), True
-    return tokenizer.decode(np.concatenate(data.windows("train", BOOK_WINDOW, BOOK_TOKENS // BOOK_WINDOW))), False
+    edges = [
+        (i, min(i + BOOK_WINDOW, end)) for start, end, _ in data.spans("train") for i in range(start, end, BOOK_WINDOW)
+    ]
+    chosen = [train[start:end] for start, end in pick_evenly(edges, len(edges) * BOOK_TOKENS // len(train))]
+    return tokenizer.decode(np.concatenate(chosen)[:BOOK_TOKENS]), False
 
 
 def describe_lack(column: Column, length: int) -> str:
