@@ -12,6 +12,7 @@ from utils.model.layers import use_fast_layers
 from utils.model.loading import autocast
 
 PROMPTS, ALONE = 32, 2
+SAMPLED = {"temperature": 1.0, "top_p": 0.9, "top_k": 0}  # the decoding of both
 
 
 def measure(quick: bool) -> dict:
@@ -21,7 +22,8 @@ def measure(quick: bool) -> dict:
     device, n_tokens = torch.device("cpu"), 10 if quick else 75
     model = GPT2LMHeadModel(GPT2Config(**(TINY if quick else {}))).eval()
     prompts = torch.randint(0, 50256, (PROMPTS, 32))
-    options = {"do_sample": True, "top_p": 0.9, "top_k": 0, "max_new_tokens": n_tokens, "pad_token_id": 50256}
+    drawing = Decoding(max_new_tokens=n_tokens, **SAMPLED)
+    options = {"do_sample": True, **SAMPLED, "max_new_tokens": n_tokens, "pad_token_id": 50256}
 
     def peer(rows: torch.Tensor, **more) -> int:
         mask = torch.ones_like(rows)
@@ -38,7 +40,6 @@ def measure(quick: bool) -> dict:
     ]  # fmt: skip
     use_fast_layers(model, device)
     greedy = ours("fp32", Decoding(max_new_tokens=n_tokens, do_sample=False))
-    drawing = Decoding(max_new_tokens=n_tokens)
     variants = {
         "generate(), prompt by prompt, float32": lambda: sum(peer(row[None]) for row in prompts[:ALONE]),
         "generate(), a batch of 32, float32": lambda: peer(prompts),

@@ -25,6 +25,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
 
 from benchmarks.forecast import SHAPE
+from benchmarks.generation import SAMPLED
 from benchmarks.run import HERE, describe_machine, write_page
 from benchmarks.training import TINY, FakeBlocks, make_step
 from utils.evaluation.generation import Decoding, generate_ids
@@ -151,7 +152,7 @@ def generate(quick: bool) -> dict:
     device, n_tokens = pick_device("auto"), 8 if quick else NEW_TOKENS
     model, eos = build_model(quick, device).eval(), 50256
     prompts = torch.randint(0, eos, (PROMPTS, 32), device=device)
-    options = {"do_sample": True, "top_p": 0.9, "top_k": 0, "max_new_tokens": n_tokens, "min_new_tokens": n_tokens,
+    options = {"do_sample": True, **SAMPLED, "max_new_tokens": n_tokens, "min_new_tokens": n_tokens,
                "pad_token_id": eos}  # fmt: skip
 
     def peer() -> int:
@@ -160,7 +161,8 @@ def generate(quick: bool) -> dict:
         return rows[:, prompts.shape[1] :].numel()
 
     def ours() -> int:
-        decoding, context = Decoding(max_new_tokens=n_tokens), functools.partial(autocast, device, "bf16")
+        decoding = Decoding(max_new_tokens=n_tokens, **SAMPLED)
+        context = functools.partial(autocast, device, "bf16")
         return sum(map(len, generate_ids(model, eos, prompts.tolist(), list(range(PROMPTS)), decoding, context)))
 
     results = {}
@@ -223,6 +225,7 @@ def main() -> None:
             RESULTS.write_text(json.dumps(results, indent=2) + "\n")
 
     keep("generation_tokens_per_second", generate(args.quick))
+    keep("generation_decoding", dict.fromkeys(results["generation_tokens_per_second"], "top-p 0.9"))
     if device.type == "cuda":
         keep("forecast", forecast(args.quick))
     for variant in VARIANTS:

@@ -102,8 +102,8 @@ def list_gpu() -> list[str]:
         for block_size, of in sizes.items():
             lines.append(f"| {variant} | {block_size} | {of['tokens_per_second']:,.0f} | {of['flops'] / 1e12:.0f} | "
                          f"{of['mfu']:.1%} | {of['peak_gb']:.1f} |")  # fmt: skip
-    lines += ["", *(f"- Generation, 64 samples of 128 tokens, top-p 0.9, {name}: {describe(value)} tokens/s"
-                    for name, value in sampled.items())]  # fmt: skip
+    lines += ["", *(f"- Generation, 64 samples of 128 tokens, {gpu['generation_decoding'][name]}, {name}: "
+                    f"{describe(value)} tokens/s" for name, value in sampled.items())]  # fmt: skip
     lines.append(f"- Forecast of 100 steps from scratch, batch 64: {said['time_forecast']} and "
                  f"{said['memory_forecast_gb']:.2f} GB; measured: {said['time_measured_s']:.0f} s and "
                  f"{said['memory_measured_gb']:.2f} GB")  # fmt: skip

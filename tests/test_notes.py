@@ -60,7 +60,7 @@ ALLOWED = {
         "Stopping and resuming": "3 6",  # steps, an example
         "Several processes": "0 1 2 3 4 200 1e-6 1e-5",  # process 0; counts and limits of a test; an exit code
         "Training speed": "124 0.1 128 8 16 32 200",  # sizes and settings of the benchmark
-        "On a GPU": "124 128 1,024 50,257 50,304 64",  # sizes and settings of the benchmark
+        "On a GPU": "124 128 1,024 50,257 50,304 64 0.9",  # sizes and settings of the benchmark
     },
     "04_evaluation.md": {
         "Samples": "64 75 1,500 0.9 0.8 50 0.5 1",  # defaults, a limit, the end of a scale
