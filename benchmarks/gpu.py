@@ -42,6 +42,11 @@ PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L4": 121e12, "4090": 1
 PROMPTS, NEW_TOKENS = 64, 128
 
 
+def find_peak(device: str) -> float | None:
+    """Return the peak of a device by a word of its name; None if it is not known. An L40S is no L4."""
+    return next((PEAKS[word] for word in re.findall(r"\w+", device) if word in PEAKS), None)
+
+
 def build_model(quick: bool, device: torch.device, dropout: float = 0.1):
     torch.manual_seed(0)
     rates = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), dropout)
@@ -215,7 +220,7 @@ def main() -> None:
         sys.exit("error: no CUDA device; benchmarks.gpu measures a GPU")
     name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
     results = {"machine": describe_machine(), "device": name}
-    peak = next((peak for part, peak in PEAKS.items() if part in name), None)
+    peak = find_peak(name)
     results |= {"peak_flops": peak, "measured_flops": measure_product(device, 256 if args.quick else 8192)}
 
     def keep(what: str, values: dict) -> None:

@@ -56,6 +56,11 @@ def describe(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
+def describe_share(value: float | None, sign: str = "%", digits: int = 1) -> str:
+    """Return a share of a GPU's peak in percent; a dash where the peak is not known."""
+    return "-" if value is None else f"{100 * value:.{digits}f}{sign}"
+
+
 def list_targets(results: dict) -> list[str]:
     """Return the lines of the table of what was wanted and what was reached."""
     lines = ["| measurement | target | result |", "|---|---|---:|"]
@@ -83,8 +88,9 @@ def render() -> dict[str, str]:
     for variant, sizes in gpu["training"].items():
         for block_size, of in sizes.items():
             name = f"gpu.{name_marker(variant)}.{block_size}"
-            shown |= {name: describe(of["tokens_per_second"]), f"{name}.mfu": f"{of['mfu']:.1%}".replace("%", " %")}
-    return shown | {"gpu.product": f"{gpu['measured_flops'] / gpu['peak_flops']:.0%}".replace("%", " %")}
+            shown |= {name: describe(of["tokens_per_second"]), f"{name}.mfu": describe_share(of["mfu"], " %")}
+    product = gpu["peak_flops"] and gpu["measured_flops"] / gpu["peak_flops"]
+    return shown | {"gpu.product": describe_share(product, " %", digits=0)}
 
 
 def list_gpu() -> list[str]:
@@ -93,15 +99,17 @@ def list_gpu() -> list[str]:
         return []
     gpu = json.loads((HERE / "gpu.json").read_text())
     versions, sampled, said = gpu["machine"]["versions"], gpu["generation_tokens_per_second"], gpu["forecast"]
+    peak = gpu["peak_flops"]
+    known = f"MFU is the share of {peak / 1e12:.0f} TFLOPS, the data sheet's dense bf16 rate; a" if peak else "A"
     lines = ["", "## GPU, GPT-2 124M, 65,536 tokens per step, dropout 0.1", "",
              f"`make bench-gpu`, {gpu['device']}; torch {versions['torch']}, transformers {versions['transformers']}. "
-             f"MFU is the share of {gpu['peak_flops'] / 1e12:.0f} TFLOPS, the data sheet's dense bf16 rate; a single "
-             f"product of 8,192 x 8,192 matrices reaches {gpu['measured_flops'] / 1e12:.0f} TFLOPS here.", "",
+             f"{known} single product of 8,192 x 8,192 matrices reaches {gpu['measured_flops'] / 1e12:.0f} TFLOPS "
+             "here.", "",
              "| variant | block | tokens/s | TFLOPS | MFU | peak, GB |", "|---|---:|---:|---:|---:|---:|"]  # fmt: skip
     for variant, sizes in gpu["training"].items():
         for block_size, of in sizes.items():
             lines.append(f"| {variant} | {block_size} | {of['tokens_per_second']:,.0f} | {of['flops'] / 1e12:.0f} | "
-                         f"{of['mfu']:.1%} | {of['peak_gb']:.1f} |")  # fmt: skip
+                         f"{describe_share(of['mfu'])} | {of['peak_gb']:.1f} |")  # fmt: skip
     lines += ["", *(f"- Generation, 64 samples of 128 tokens, {gpu['generation_decoding'][name]}, {name}: "
                     f"{describe(value)} tokens/s" for name, value in sampled.items())]  # fmt: skip
     lines.append(f"- Forecast of 100 steps from scratch, batch 64: {said['time_forecast']} and "

@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 from transformers import GPT2LMHeadModel
 
 from benchmarks import generation, gpu, run
@@ -35,3 +36,27 @@ def test_both_sides_sample_alike(monkeypatch):
         assert (
             drawn == {tuple(getattr(one, name) for name in named) for one in ours if one.do_sample} == {(1.0, 0.9, 0)}
         )
+
+
+@pytest.mark.parametrize(
+    ("device", "peak"),
+    [("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA A100-SXM4-80GB", 312e12), ("NVIDIA GeForce RTX 4090", 165e12),
+     ("NVIDIA L4", 121e12), ("NVIDIA L40S", None), ("cpu", None)],
+)  # fmt: skip
+def test_a_peak_is_found_by_whole_words(device, peak):
+    assert gpu.find_peak(device) == peak
+
+
+def test_of_a_gpu_whose_peak_is_not_known_there_is_no_share(monkeypatch, tmp_path):
+    figures = json.loads((run.HERE / "gpu.json").read_text()) | {"device": "NVIDIA L40S", "peak_flops": None}
+    for sizes in figures["training"].values():
+        for of in sizes.values():
+            of["mfu"] = None
+    (tmp_path / "gpu.json").write_text(json.dumps(figures))
+    (tmp_path / "results.json").write_text((run.HERE / "results.json").read_text())
+    monkeypatch.setattr(run, "HERE", tmp_path)
+    page, shown = "\n".join(run.list_gpu()), run.render()
+    assert "| this project | 1024 | 258,369 | 221 | - | 11.9 |" in page
+    assert "MFU is the share" not in page
+    assert shown["gpu.this_project.1024"] == "258,369"
+    assert shown["gpu.this_project.1024.mfu"] == shown["gpu.product"] == "-"
