@@ -31,7 +31,7 @@ from utils.training import checkpoint
 
 # tqdm's own lock is shared by all forked children: one that ends while it holds it would stop the others.
 tqdm.set_lock(threading.RLock())
-SIZES = re.compile(r" needs (more than )?[\d.,]+ MB, [\d.,]+ MB free")
+SIZES = re.compile(r" needs (more than the [\d.,]+ MB|[\d.,]+ MB, [\d.,]+ MB) free")
 MB = 1_000_000
 
 

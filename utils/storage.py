@@ -153,11 +153,11 @@ def require_space(folder: Path, size: int, what: str) -> None:
 
 
 def _disk_error(folder: Path, reason: str, size: int, what: str) -> UserError:
-    free, more = shutil.disk_usage(folder).free, ""
-    if "no space" in reason and free >= size:  # what filled the disk is removed by now: the estimate was too small
-        size, more = free, "more than "
-    needed, free = (f"{n_bytes / 1e6:,.1f} MB" for n_bytes in (size, free))
-    return UserError(f"output-dir: {folder}: {reason}, {what} needs {more}{needed}, {free} free", EXIT_MACHINE)
+    free = shutil.disk_usage(folder).free
+    needed, there = (f"{n_bytes / 1e6:,.1f} MB" for n_bytes in (size, free))
+    # Free space after "no space": what filled the disk is removed by now, and the estimate was too small.
+    needs = f"more than the {there}" if "no space" in reason and free >= size else f"{needed}, {there}"
+    return UserError(f"output-dir: {folder}: {reason}, {what} needs {needs} free", EXIT_MACHINE)
 
 
 @contextmanager
