@@ -60,7 +60,7 @@ def parse_args(argv=None):
     add("--top-p", type=number(float, 0, 1, above=True), default=1.0, help="sample from this much probability mass")
     add("--do-sample", action=argparse.BooleanOptionalAction, default=True, help="--no-do-sample: greedy decoding")
     add("--num-samples", type=number(int, 1, 10_000), default=1,
-        help="samples per prompt and model; more are drawn if there are too few words to measure")  # fmt: skip
+        help="samples per prompt and model; more are drawn if ten prompts give too few words to measure")  # fmt: skip
     add("--repetition-penalty", type=number(float, 0, above=True), default=1.0, help="above 1: fewer repeated tokens")
     add("--no-repeat-ngram-size", type=number(int, 0), default=0, help="length of n-grams not to repeat; 0 for none")
     add("--max-copy", type=number(int, 1, 1023), metavar="N", help="copy no span of training longer than N tokens")
@@ -92,7 +92,7 @@ from tqdm import tqdm
 from utils.data.blocks import open_blocks
 from utils.data.text import read_book
 from utils.data.tokenizer import fingerprint_tokenizer, start_ids
-from utils.evaluation import compare, stylometry
+from utils.evaluation import compare, style, stylometry
 from utils.evaluation.columns import build_columns, columns_of_files
 from utils.evaluation.generation import Decoding, StopTexts, encode_prompt, fit_prompt, generate_ids
 from utils.evaluation.interactive import converse
@@ -252,14 +252,14 @@ def write_live(args, folders, data_dir):
     return 128 + stopping.number if stopping else 0
 
 
-def draw_samples(args, models, tokenizer, prompts, guard, autocast):
-    """Continue every prompt --num-samples times, and more often until there are enough words to measure.
+def draw_samples(args, models, tokenizer, data, prompts, guard, autocast):
+    """Continue every prompt --num-samples times, and more often until there are enough words to measure style.
 
     The seed of a sample depends on --seed, its prompt and its index only: both models use the same seeds.
     """
     decoding, stop = collect_decoding(args), StopTexts(tokenizer, args.stop) if args.stop else None
     is_random = decoding.do_sample and decoding.temperature > 0  # otherwise every round has the same texts
-    needed = stylometry.MIN_WORDS if args.measure and any(prompt["next_ids"] for prompt in prompts) else 0
+    needed = stylometry.MIN_WORDS if args.measure and data and len(prompts) >= style.MIN_TEXTS else 0
     samples, texts, n_words = [], set(), dict.fromkeys(models, 0)
     for index in range(max(args.num_samples, MAX_ROUNDS) if is_random else 1):
         if index >= args.num_samples and min(n_words.values()) >= needed:
@@ -362,7 +362,7 @@ def main(args):
 
         # Seeds: args.seed + number of the sample, the same for both models; bootstrap and quiz use args.seed too.
         sampling, scoring = (functools.partial(autocast, device, name) for name in (dtype, "fp32"))
-        samples = draw_samples(args, models, tokenizer, prompts, guard, sampling)
+        samples = draw_samples(args, models, tokenizer, data, prompts, guard, sampling)
         read = functools.partial(read_texts, reader, reader_tokenizer, batch_size=args.batch_size, autocast=sampling)
         figures, reasons = measure(
             args, models, tokenizer, data, control, limit, samples, judged, recorded, read, scoring

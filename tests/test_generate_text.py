@@ -135,13 +135,12 @@ def finetuned(tmp_path_factory, prepared, script_once):
     return out
 
 
-# Not measured: further rounds of samples would be drawn, until they are long enough. A measured report would stay, so
-# tests that measure do it in a copy of the folder.
+# Not measured, which is quicker. A measured report would stay, so tests that measure do it in a copy of the folder.
 QUICK = ["--num-validation-prompts", 2, "--no-measure"]
 
 
 def read_samples(folder):
-    return [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (folder / "samples.jsonl").open(encoding="utf-8")]  # U+0085 ends no line
 
 
 def test_samples_are_paired_and_complete(finetuned, script):
@@ -171,10 +170,14 @@ def test_samples_are_paired_and_complete(finetuned, script):
     assert (finetuned / "samples.jsonl").read_bytes() == first
 
 
-def test_rounds_are_drawn_until_there_is_enough_to_measure(finetuned, script, tmp_path, monkeypatch):
-    monkeypatch.setattr(stylometry, "MIN_WORDS", 60)
+OWN = [word for number in range(10) for word in ("--prompt", f"Day {number}")]
+
+
+@pytest.mark.parametrize("prompts", [["--num-validation-prompts", 8], [*OWN, "--num-validation-prompts", 0]])
+def test_rounds_are_drawn_until_there_is_enough_to_measure(finetuned, script, tmp_path, monkeypatch, prompts):
+    monkeypatch.setattr(stylometry, "MIN_WORDS", 120)
     (tmp_path / "control.txt").write_text("General text is another's. " * 60)
-    flags = ["--max-new-tokens", 6, "--num-validation-prompts", 2, "--control-path", tmp_path / "control.txt"]
+    flags = ["--max-new-tokens", 6, "--control-path", tmp_path / "control.txt", *prompts]
     run = copy_run(finetuned, tmp_path / "run")
     ran = script("generate_text", "--finetuned-model", run, *flags)
     assert ran.code == 0, ran.err
@@ -183,13 +186,20 @@ def test_rounds_are_drawn_until_there_is_enough_to_measure(finetuned, script, tm
         key = row["model"], row["sample_index"]
         n_words[key] = n_words.get(key, 0) + len(stylometry.split_words(row["text"]))
     rounds = 1 + max(index for _, index in n_words)
-    assert len(rows) == 2 * rounds * 4
-    assert len({row["seed"] for row in rows}) == rounds * 4
+    assert len(rows) == 2 * rounds * 10
+    assert len({row["seed"] for row in rows}) == rounds * 10
     written = {name: [n_words[name, index] for index in range(rounds)] for name in ("base", "finetuned")}
-    assert min(sum(words[:-1]) for words in written.values()) < 60 <= min(map(sum, written.values()))
+    assert min(sum(words[:-1]) for words in written.values()) < 120 <= min(map(sum, written.values()))
     assert rounds > 1
     counted = read_json(run / "report.json")["counts"]["words"]
-    assert all(counted[name] >= 60 for name in written)
+    assert all(counted[name] >= 120 for name in written)
+
+
+def test_no_rounds_are_drawn_for_prompts_too_few_to_measure(finetuned, script, tmp_path):
+    run = copy_run(finetuned, tmp_path / "run")
+    ran = script("generate_text", "--finetuned-model", run, "--max-new-tokens", 6, "--num-validation-prompts", 7)
+    assert ran.code == 0, ran.err
+    assert len(read_samples(run)) == 2 * 9
 
 
 @pytest.mark.parametrize("greedy", [["--no-do-sample"], ["--temperature", 0]])
