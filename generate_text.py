@@ -319,9 +319,8 @@ def measure(args, models, tokenizer, data, control, limit, samples, judged, reco
         reasons.append(f"the quiz: {compare.QUESTIONS} different texts as long as a sample are needed on both sides")
     results = args.finetuned_model / "all_results.json"
     best_step = read_json(results).get("best_step") if results.is_file() else None
-    max_copy_rate = (recorded.get("settings") or {}).get("max_copy_rate")
-    rows = read_metrics(args.finetuned_model)
-    curves = compare.arrange_curves(rows, best_step, max_copy_rate, texts["copy_rate"])
+    max_copy_rate = compare.find_copy_limit(recorded.get("settings") or {}, data, models["finetuned"], tokenizer)
+    curves = compare.arrange_curves(read_metrics(args.finetuned_model), best_step, max_copy_rate)
     return {**figures, **texts, **quiz, "training": curves}, missing + reasons
 
 

@@ -19,8 +19,9 @@ from utils.data.blocks import open_blocks
 from utils.data.tokenizer import load_tokenizer, train_tokenizer
 from utils.evaluation import stylometry
 from utils.evaluation.columns import build_columns
-from utils.evaluation.compare import compare_texts, list_training_books, make_quiz
+from utils.evaluation.compare import compare_texts, find_copy_limit, list_training_books, make_quiz
 from utils.evaluation.loss import measure_gain
+from utils.evaluation.memorization import CopyMonitor, default_copy_rate
 from utils.evaluation.stylometry import MIN_WORDS, split_words
 from utils.model.loading import autocast, load_pair
 from utils.training.checkpoint import TrainState
@@ -401,6 +402,20 @@ def test_a_run_writes_its_copy_rate(large):
     assert len(rates) > 5
     assert results["copy_rate"] in rates
     assert results["base_copy_rate"] == rates[0]
+
+
+def test_the_limit_in_the_plot_is_the_trainings(large, reported):
+    """It was measured again, in windows as long as the report's samples."""
+    data, (model, tokenizer) = open_blocks(large / "blocks"), load_pair(large / "model")
+    settings = json.loads((large / "model/run_config.json").read_text())["settings"]
+    limit = CopyMonitor(data, model, tokenizer, 4, None, 42).limit
+    assert (
+        reported[1]["training"]["max_copy_rate"]
+        == limit
+        != default_copy_rate(reported[1]["copy_rate"]["reference"]["8"])
+    )
+    assert find_copy_limit(settings | {"max_copy_rate": 0.3}, data, model, tokenizer) == 0.3
+    assert find_copy_limit(settings | {"data_sha256": "other"}, data, model, tokenizer) is None
 
 
 def test_a_run_that_copies_too_much_says_so(large, script, tmp_path):

@@ -20,9 +20,11 @@ from utils.evaluation.loss import blocks_per_pass, cut_blocks, measure_gain, sco
 from utils.evaluation.memorization import (
     COVERED_LETTERS,
     COVERED_WORDS,
-    default_copy_rate,
+    MONITOR_TRAIN,
+    measure_copy_limit,
     measure_coverage,
     measure_extraction,
+    monitor_lengths,
 )
 from utils.evaluation.style import MIN_WINDOWS, BookMeasures, compare_style, describe_lack, judge_style, sample_book
 
@@ -221,20 +223,26 @@ def make_quiz(samples: list[dict], data: Blocks, tokenizer, seed: int) -> dict[s
     return {"quiz": singles, "quiz_pairs": pairs, "quiz_intervals": [[float(i.low), float(i.high)] for i in intervals]}
 
 
-def arrange_curves(
-    rows: list[dict], best_step: int | None, max_copy_rate: float | None, copy_rate: dict
-) -> dict[str, Any]:
-    """Arrange the rows of metrics.jsonl as curves, thinned for a picture; {} without rows.
+def find_copy_limit(trained: dict, data: Blocks, model, tokenizer) -> float | None:
+    """Return the highest share of copied tokens that a training allowed; None if it was on other data.
 
-    A max_copy_rate of None becomes the default by the report's copy_rate.
+    Args:
+        trained: settings of the run.
     """
+    if trained.get("max_copy_rate") is not None:
+        return trained["max_copy_rate"]
+    if trained.get("data_sha256") != data.sha256 or not len(data.validation):
+        return None
+    return measure_copy_limit(data, data.view("train")[:MONITOR_TRAIN], monitor_lengths(model, tokenizer)[1])
+
+
+def arrange_curves(rows: list[dict], best_step: int | None, max_copy_rate: float | None) -> dict[str, Any]:
+    """Arrange the rows of metrics.jsonl as curves, thinned for a picture; {} without rows."""
     if not rows:
         return {}
     train = [[row["step"], row["train/loss"]] for row in rows if "train/loss" in row]
     keys = {"loss": "eval/loss", "bits_per_byte": "eval/bits_per_byte", "copy_rate": "eval/copy_rate"}
     evals = [{"step": row["step"], **{name: row.get(key) for name, key in keys.items()}}
              for row in rows if "eval/loss" in row]  # fmt: skip
-    if max_copy_rate is None and "reference" in copy_rate:
-        max_copy_rate = default_copy_rate(copy_rate["reference"]["8"])
     return {"train": train[:: 1 + len(train) // CURVE_POINTS], "eval": evals, "best_step": best_step,
             "max_copy_rate": max_copy_rate}  # fmt: skip

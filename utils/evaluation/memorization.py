@@ -110,6 +110,20 @@ def default_copy_rate(reference_rate: float) -> float:
     return min(COPY_FACTOR * max(reference_rate, MIN_COPY_RATE), (1 + reference_rate) / 2)
 
 
+def monitor_lengths(model, tokenizer) -> tuple[int, int]:
+    """Return the tokens of a prompt and of its continuation, of the texts that a training measures copying on."""
+    limit = position_limit(model.config.to_dict()) or math.inf
+    total = min(MONITOR_TOKENS, limit - len(start_ids(tokenizer)))
+    return total // 4, total - total // 4
+
+
+def measure_copy_limit(data, train: np.ndarray, n_tokens: int) -> float:
+    """Return default_copy_rate of the validation text, in windows of n_tokens as the continuations."""
+    # Cut like the samples: no n-gram reaches over an edge.
+    windows = data.windows("validation", n_tokens, N_WINDOWS) or data.segments("validation")
+    return default_copy_rate(ngram_overlap(windows, train)[str(NGRAM_LENGTHS[0])] or 0.0)
+
+
 class CopyMonitor:
     """Copying at every evaluation of a training: the same validation prompts, continued with the same seeds.
 
@@ -117,21 +131,16 @@ class CopyMonitor:
     """
 
     def __init__(self, data, model, tokenizer, n_samples: int, max_copy_rate: float | None, seed: int) -> None:
-        start, limit = start_ids(tokenizer), position_limit(model.config.to_dict())
-        total = min(MONITOR_TOKENS, (limit or math.inf) - len(start))
-        self.prompts, self.seed, self.eos_token_id = [], seed, tokenizer.eos_token_id
-        self.new_tokens, self.limit = total - total // 4, math.inf
+        start, (n_prompt, self.new_tokens) = start_ids(tokenizer), monitor_lengths(model, tokenizer)
+        self.prompts, self.seed, self.eos_token_id, self.limit = [], seed, tokenizer.eos_token_id, math.inf
         if n_samples and len(data.validation):
             train = data.view("train")
             self.train = train[:MONITOR_TRAIN]
             if len(train) > MONITOR_TRAIN:
                 print(f"copying is measured against the first {MONITOR_TRAIN:,} of {len(train):,} training tokens")
-            pairs = data.validation_prompts(tokenizer, n_samples, total // 4, self.new_tokens)
+            pairs = data.validation_prompts(tokenizer, n_samples, n_prompt, self.new_tokens)
             self.prompts = [start + prompt for prompt, _ in pairs]
-            # Cut like the samples: no n-gram reaches over an edge.
-            windows = data.windows("validation", self.new_tokens, N_WINDOWS) or data.segments("validation")
-            reference = ngram_overlap(windows, self.train)[str(NGRAM_LENGTHS[0])]
-            self.limit = max_copy_rate or default_copy_rate(reference or 0.0)
+            self.limit = max_copy_rate or measure_copy_limit(data, self.train, self.new_tokens)
 
     def measure(self, model, autocast: Callable) -> dict[str, float]:
         """Return eval/copy_rate, the share of sampled tokens in n-grams of training; {} without prompts."""
