@@ -80,6 +80,8 @@ def parse_args(argv=None):
         raise UserError("--to-file continues one prompt; give --prompt once")
     if args.words and not args.to_file:
         raise UserError("--words needs --to-file")
+    if args.interactive and (args.prompt or args.prompts_file):
+        raise UserError("--interactive asks for its prompts; leave out --prompt and --prompts-file")
     args.max_new_tokens = MAX_TOKENS if args.words else args.max_new_tokens
     return args
 

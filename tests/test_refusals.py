@@ -333,6 +333,8 @@ FLAGS = [
     ("G-words", "--words 300", "--words needs --to-file"),
     ("G-words-zero", "--to-file new --prompt x --words 0", "--words must be 1 to 1000000, not 0"),
     ("G-both", "--to-file new --prompt x --interactive", "--to-file and --interactive exclude each other"),
+    ("G-typed", "--interactive --prompt x", "--interactive asks for its prompts; leave out --prompt"),
+    ("G-typed-file", "--interactive --prompts-file x", "--interactive asks for its prompts; leave out --prompt"),
     ("G24-seed", "--seed -1", "--seed must be 0 to 4294967295, not -1"),
     ("G24-device", "--device gpu", ("--device: 'gpu' is unknown", "cpu", "cuda")),
     ("G24-unknown", "--promt x", "unknown option --promt (did you mean --prompt?)"),
