@@ -168,6 +168,21 @@ def test_intervals_of_texts_of_one_source_hold(monkeypatch):
         assert truth == pytest.approx(0.5, abs=0.05)
 
 
+@pytest.mark.filterwarnings("error")
+def test_without_a_text_to_learn_from_there_is_no_classifier(monkeypatch):
+    """Few texts are compared of many samples per prompt: one prompt is drawn, or several of one fold."""
+    monkeypatch.setattr(reader, "REFITS", 50)
+    rng = np.random.default_rng(5)
+    book, texts, groups = make_features(rng, 60), make_features(rng, 120), 60 + np.arange(120) // 10
+    for n_texts in (10, 20):
+        found = measure_auc(book, texts, groups, n_texts, 0).interval(0, 1)
+        assert found["low"] < 0.5 < found["high"]
+    gram = reader._multiply([np.concatenate(both) for both in zip(book, texts, strict=True)])
+    is_book, folds = np.arange(180) < 60, np.where(np.arange(180) < 60, np.arange(180) % 5, 0)
+    one_fold = reader._cross_validate(gram, is_book & (folds == 0), np.where(folds == 0, 1.0, 0.0), folds)
+    assert one_fold == 0.5  # nothing was learned
+
+
 def test_only_equal_numbers_are_compared(monkeypatch):
     monkeypatch.setattr(reader, "REFITS", 2)
     rng = np.random.default_rng(4)

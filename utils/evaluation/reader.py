@@ -159,6 +159,8 @@ def _cross_validate(gram: np.ndarray, is_book: np.ndarray, weights: np.ndarray, 
     scores, targets = np.zeros(len(gram)), np.where(is_book, 1.0, -1.0)
     for fold in range(FOLDS):
         seen, unseen = np.flatnonzero((folds != fold) & (weights > 0)), np.flatnonzero(folds == fold)
+        if len(set(is_book[seen])) < 2:  # all texts lie in this fold: from the others nothing can be learned, all tie
+            continue
         share = weights[seen].copy()
         for side in (is_book[seen], ~is_book[seen]):
             share[side] *= 0.5 / share[side].sum()
