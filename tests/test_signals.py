@@ -255,8 +255,10 @@ def test_a_second_signal_before_the_loop_leaves_at_once(workshop, tmp_path):  # 
 @pytest.mark.parametrize("number", SIGNALS)
 @pytest.mark.parametrize("script", ["prepare_data", "finetune_generative", "generate_text"])
 def test_a_signal_during_the_imports_ends_in_one_line(tmp_path, script, number):
-    for name in ("torch", "transformers", "datasets", "tqdm"):  # whichever is imported first takes long
-        (tmp_path / f"{name}.py").write_text("import time; print('importing', flush=True); time.sleep(600)")
+    # Whichever is imported first takes long; in naps, for a signal just before a sleep is handled after it.
+    long = "import time; print('importing', flush=True); [time.sleep(0.1) for _ in range(6000)]"
+    for name in ("torch", "transformers", "datasets", "tqdm"):
+        (tmp_path / f"{name}.py").write_text(long)
     path = os.pathsep.join([str(tmp_path), str(ROOT)])
     command = [sys.executable, "-c", f"import runpy; runpy.run_path({str(ROOT / script)!r} + '.py', {{}}, '__main__')"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
