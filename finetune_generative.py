@@ -11,7 +11,7 @@ import time
 from contextlib import closing, nullcontext
 from pathlib import Path
 
-from utils.argument_types import auto_or, device_name, number, reporter
+from utils.argument_types import auto_or, device_name, model_name, number, reporter
 from utils.cli import Parser, StopSignal, check_processes, ignore_signals, parse_first, print_table, run
 from utils.errors import UserError, explain_failures, resume_advice, warn
 
@@ -21,7 +21,7 @@ def parse_args(argv=None):
     parser = Parser("Fine-tune a causal language model on prepared blocks.", epilog="next: python generate_text.py")
     add = parser.add_argument_group("model and data").add_argument
     add("--data-dir", type=Path, default=Path("results/data/blocks"), help="folder written by prepare_data.py")
-    add("--model-name", help="hub name or folder (default: the model the data was prepared for)")
+    add("--model-name", type=model_name, help="hub name or folder (default: the model the data was prepared for)")
     add("--from-scratch", type=Path, metavar="CONFIG.json", help="train random weights of this configuration instead")
     add("--dropout", type=number(float, 0, 1, below=True), help="dropout rate (default: the model's)")
     add("--lora-rank", type=number(int, 0), default=0, metavar="N",

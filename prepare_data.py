@@ -10,7 +10,7 @@ import math
 import os
 from pathlib import Path
 
-from utils.argument_types import auto_or, file_path, names_of, number, plain_text, text_encoding
+from utils.argument_types import auto_or, file_path, model_name, names_of, number, text_encoding
 from utils.cli import Parser, parse_first, print_table, run
 from utils.errors import UserError, warn
 
@@ -38,7 +38,7 @@ def parse_args(argv=None):
     add("--val-path", action="extend", nargs="+", type=file_path, metavar="FILE",
         help="use these whole files for validation instead; they may also be in --input-path")  # fmt: skip
     add = parser.add_argument_group("tokens").add_argument
-    add("--model-name", type=plain_text, default="gpt2",
+    add("--model-name", type=model_name, default="gpt2",
         help="model to prepare for, name or folder; it gives the tokenizer and limits the block size")  # fmt: skip
     add("--train-tokenizer", type=number(int, 257, 1_000_000), metavar="N",
         help="train a byte-level BPE tokenizer of N tokens on the training text instead")  # fmt: skip
@@ -120,13 +120,6 @@ def collect_settings(args, books, tokenizer):
     }
 
 
-def spell_alike(settings):
-    """Return settings in which UTF-8 is utf-8, and a folder has no slash at its end."""
-    forms = {"encoding": str.lower, "model_name": lambda name: name.rstrip("/")}
-    items = settings.items() if isinstance(settings, dict) else ()  # read from a file: it may be damaged
-    return {name: forms[name](value) if name in forms and isinstance(value, str) else value for name, value in items}
-
-
 def is_prepared(folder):
     """Return whether this script wrote a folder, by its manifest; a damaged one is left for find_prepared to report."""
     if not (folder / MANIFEST).is_file():
@@ -143,7 +136,7 @@ def find_prepared(args, settings):
     if args.overwrite or not (args.output_dir / MANIFEST).is_file():
         return None
     manifest = read_manifest(args.output_dir)
-    changed = diff_settings(spell_alike(manifest.get("settings")), spell_alike(settings))
+    changed = diff_settings(manifest.get("settings"), settings)
     if changed:
         name, was, now = (" ".join(map(str, value)) if isinstance(value, list) else value for value in changed)
         flag = f"--{name.replace('_', '-')}"

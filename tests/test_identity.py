@@ -248,6 +248,11 @@ def test_other_value_of_a_free_flag_changes_no_bit(workshop, stopped, undisturbe
     assert "warning" not in ended.err
 
 
+def test_a_slash_after_the_models_folder_names_no_other_model(workshop, stopped, undisturbed):  # noqa: F811
+    assert "resuming from step 3" in ran(workshop.finetune(stopped, "--model-name", f"{workshop.model}/")).out
+    assert digest_run(stopped) == digest_run(undisturbed)
+
+
 def test_tensorboard_has_every_step_of_a_resumed_run_once(workshop, tmp_path):  # noqa: F811
     """The step that a resumed run began with was missing."""
     command = workshop.finetune(tmp_path / "out", "--report-to", "tensorboard")

@@ -89,11 +89,16 @@ def file_path(text: str) -> Path:
     return Path(text)
 
 
+def model_name(text: str) -> str:
+    """Parse a model's name or folder; the slash that a shell's completion adds makes it no other model."""
+    return plain_text(text).rstrip("/") or text
+
+
 def text_encoding(name: str) -> str:
-    """Parse the name of a text encoding that Python knows."""
+    """Parse the name of a text encoding that Python knows, in lower case: UTF-8 is no other encoding than utf-8."""
     try:
         if codecs.lookup(name)._is_text_encoding:
-            return name
+            return name.lower()
     except (LookupError, ValueError):
         pass
     raise argparse.ArgumentTypeError(f"{name!r} is not a text encoding; try utf-8, latin-1 or cp1252")

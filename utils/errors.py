@@ -90,7 +90,7 @@ def explain_failures(
             size = state.machine.get("micro_batch_size", batch_size)
             smaller = f"--micro-batch-size {size // 2} or " if size > 1 else ""
             what = f"out of {'GPU ' if is_gpu else ''}memory ({size} blocks per forward pass)"
-            advice = f"try {smaller}--gradient-checkpointing"  # a run is resumed with both
+            advice = f"try {smaller}--gradient-checkpointing"  # a resumed run may change both
         elif isinstance(error, ConnectionResetError | EOFError) or "DataLoader worker (pid" in str(error):
             what = "a data worker was killed (out of memory?)"
         else:

@@ -206,7 +206,7 @@ def test_no_sentence_is_false(report):
             author = report.unknown_words.get("reference")
             claims = check_headline(text["verdict"], text["parts"], text["unknown_words"], author, ["copies"] * copies)
             assert claims == (text["writes_like_the_book"] is True)
-            doubt = "The reader, a/reader, cannot confirm this of a text that a model made from it wrote."
+            doubt = "The reader cannot confirm this of texts by models that were fine-tuned from it."
             assert text["verdict"].endswith(doubt) == (claims and report.reader_is_base)
         else:
             assert text["writes_like_the_book"] is not True

@@ -146,7 +146,7 @@ def _judge_text(report: Report, figures: dict) -> dict:
     sentence, writes = describe_gap(figures.get("parts") or {}, faults, unknown, author_unknown, report.reader,
                                     report.said_of_unknown)  # fmt: skip
     if writes and report.reader_is_base:
-        sentence += f" The reader, {report.reader}, cannot confirm this of a text that a model made from it wrote."
+        sentence += " The reader cannot confirm this of texts by models that were fine-tuned from it."
     if sentence is None:
         sentence = f"Not judged: {figures['missing']}." if figures.get("missing") else "No part could be measured."
         sentence = f"It copies: {faults[0]}. {sentence}" if copies else sentence
