@@ -105,7 +105,8 @@ def test_warnings_fit_the_book(prepare, tmp_path):
     long_book, twice = tmp_path / "long.txt", tmp_path / "twice.txt"
     long_book.write_text(make_book(1_600))
     code, _, err = prepare("--input-path", long_book)
-    assert (code, err) == (0, "")
+    assert code == 0
+    assert [line for line in err.splitlines() if line and not line.startswith("tokenizing: ")] == []  # a slow machine's
     # The same paragraphs twice: the validation text of one half stands in the other.
     twice.write_text(make_book(100) + "\n" + make_book(100))
     code, out, err = prepare("--input-path", twice, to="twice")
