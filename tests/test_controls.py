@@ -44,10 +44,12 @@ HEALTHY = ["--learning-rate", "3e-4"]
 
 def test_a_healthy_run_learns_its_book_and_is_not_flagged(trained, judged):
     report = judged(trained("log", BOOK.read_text(encoding="utf-8"), *HEALTHY))
-    for measure in ("delta", "auc"):
-        assert report[measure]["reference"] < report[measure]["finetuned"] < report[measure]["base"]
+    auc = {column: found["value"] for column, found in report["reader_auc"].items()}
+    for found in (report["delta"], auc):
+        assert found["reference"] < found["finetuned"] < found["base"]
     assert report["style_gain"]["low"] > 0
-    assert report["flags"] == {"learned_the_book": True, "copies": False, "memorized": False, "forgot": False}
+    assert report["flags"].pop("learned_the_book")
+    assert not any(report["flags"].values())
 
 
 def test_a_model_of_another_text_does_not_pass(trained, judged):
