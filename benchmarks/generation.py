@@ -54,7 +54,7 @@ def measure(quick: bool) -> dict:
             values[name].append(n / (time.perf_counter() - started))
     middle = {name: sorted(several)[len(several) // 2] for name, several in values.items()}
     alone = middle["generate(), prompt by prompt, float32"]
-    targets = [{"what": f"{name} to prompt by prompt", "value": middle[name] / alone, "wanted": wanted}
+    targets = [{"what": f"{name}, speed / prompt by prompt", "value": middle[name] / alone, "wanted": wanted}
                for name, wanted in (("this project, bf16", ">= 10"), ("this project, float32", ">= 10"))]  # fmt: skip
     facts = {"greedy text in float32 equals generate()'s": greedy[:ALONE] == plain,
              "prompts asked one by one per repeat": ALONE}  # fmt: skip

@@ -80,13 +80,13 @@ def measure(quick: bool) -> dict:
     first, last = (time_a_token / float(point[:-1]) for point, time_a_token in (sizes[0], sizes[-1]))
     texts, blocks = list(table["text to prepare, MB"].values()), list(table["block size, tokens"].values())
     targets = [
-        {"what": "time per token and parameter, largest model to smallest", "value": last / first, "wanted": "<= 1.2"},
+        {"what": "time per token and parameter, largest model / smallest", "value": last / first, "wanted": "<= 1.2"},
         {
-            "what": "time per byte to prepare, most text to half of it",
+            "what": "time per byte to prepare, most text / half of it",
             "value": texts[-1] / texts[-2],
             "wanted": "<= 1.1",
         },
-        {"what": "time per token, block 1024 to block 128", "value": blocks[-1] / blocks[1], "wanted": "<= 2"},
+        {"what": "time per token, block 1024 / block 128", "value": blocks[-1] / blocks[1], "wanted": "<= 2"},
     ]
     return {"title": "Growth", "unit": "us per token or byte", "values": values, "ours": "", "targets": targets,
             "facts": {"table": table}}  # fmt: skip

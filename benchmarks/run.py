@@ -61,13 +61,24 @@ def describe_share(value: float | None, sign: str = "%", digits: int = 1) -> str
     return "-" if value is None else f"{100 * value:.{digits}f}{sign}"
 
 
+def is_met(value: float, wanted: str) -> bool:
+    """Return whether a value is as wanted: '>= 2', '< 0.3', '0.8 to 1.2' or 'none'."""
+    bounds = [float(number) for number in re.findall(r"[\d.]+", wanted)]
+    if wanted.startswith(">"):
+        return value >= bounds[0]
+    if wanted.startswith("<"):
+        return value <= bounds[0]
+    return not bounds or bounds[0] <= value <= bounds[1]
+
+
 def list_targets(results: dict) -> list[str]:
     """Return the lines of the table of what was wanted and what was reached."""
     lines = ["| measurement | target | result |", "|---|---|---:|"]
     for result in results["benchmarks"].values():
         topic = result["title"].split(",")[0]
         for target in result["targets"]:
-            lines.append(f"| {topic}: {target['what']} | {target['wanted']} | {describe(target['value'])} |")
+            missed = "" if is_met(target["value"], target["wanted"]) else ", missed"
+            lines.append(f"| {topic}: {target['what']} | {target['wanted']} | {describe(target['value'])}{missed} |")
     return lines
 
 

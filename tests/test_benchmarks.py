@@ -13,6 +13,14 @@ def test_the_page_is_what_the_stored_figures_give():
     assert run.write_page(stored) == (run.HERE / "README.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize(("wanted", "met", "missed"), [
+    (">= 2.5", 2.5, 2.4), ("<= 0.05", 0.05, 0.051), ("< 2", 0.8, 2.1), ("0.8 to 1.2", 0.8, 0.79),
+    ("0.8 to 1.2", 1.2, 1.21), ("none", 7, None)])  # fmt: skip
+def test_a_missed_target_is_named(wanted, met, missed):
+    assert run.is_met(met, wanted)
+    assert missed is None or not run.is_met(missed, wanted)
+
+
 def test_both_sides_sample_alike(monkeypatch):
     """generate() drew from 0.9 of the probability mass, this project from all of it, at another temperature."""
     theirs, ours = [], []
