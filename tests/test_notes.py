@@ -38,7 +38,7 @@ ALLOWED = {
         "Reading": "2006 34 39 16 300",  # pandoc and its limits
         "Faults of the text": "70 1,000",  # an example; of the rules
         "Splitting into segments": "1 6 16 3 1,000 32 1",  # of the rule that chooses segments; of a strip
-        "Tokens": "3.5 4.5 2.5",  # bytes per token that are usual, and too few
+        "Tokens": "3.5 4.5 2.5 8,192",  # bytes per token that are usual, and too few; characters compared
         "Blocks": "16 70000 4464 1",  # an example of a wrong type
         "A large corpus": "2 8 32 64 500 65,536 8.4 268 67 4.2",  # from where on a text is treated as a large one
         "Question": "1,016 128 7 120 127 8",  # tests/test_questions.py computes the answers of all notes
@@ -69,7 +69,7 @@ ALLOWED = {
         "Style by text: words, spelling, sense": "150 500 1 4 0.5 0 97.5 0.75",  # of the measures and the verdict
         "The ladder": "200",  # steps
         # What an earlier version said, which no run of this one can repeat; limits of tests and measures.
-        "Why the first verdict was fooled": "96 8.5 72 104 517 -453 67 92 95 0.55 0.5 1 10 15 150 46 57 20",
+        "Why the first verdict was fooled": "96 8.5 72 104 517 -453 67 92 95 0.5 1 10 15 150 46 57 20",
         "Judge any text": "1,500",  # words that are needed
         "Copying": "8 16 32 1 100 2026 5 150 20 10,000",  # of the measures; a control in the tests; a year
         "Repetition": "4 0.9",  # of the measures; the default temperature
@@ -81,7 +81,7 @@ ALLOWED = {
         "One step, three processes": "8 3 2 0",  # an example
         "Two machines": "0 1 3",
         "Slurm": "30",
-        "Memory": "0 0.45 1 2 4 4.0 6 15 16 50,257 55.6 64",
+        "Memory": "0 0.45 1 2 4 4.0 6 15 16 43 50,257 55.6 64",
         "Traffic": "1 12 12.0",
         "7 and 70 billion parameters, on paper": "0 2 4 7 8 32 40 50 64 70 80 450 989 4,096 8,192 32,000",
         "Question": "16 8 14 7 0 262,144 73.5 78.8 0.16 1.6 3.9 2.5 3.2",
@@ -96,7 +96,7 @@ ALLOWED = {
     },
     "backlog.md": {"Backlog": "0"},  # process 0
     "flags.md": {"All flags": "0 2 3 4 130 143 129 141"},  # exit codes
-    "skills_competencies.md": {"Skills practised": "400"},  # books
+    "skills_competencies.md": {"Skills practised": "390"},  # books
 }
 
 
