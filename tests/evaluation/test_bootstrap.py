@@ -8,7 +8,7 @@ import pytest
 from test_stylometry import cut, split_all, write
 
 from utils.evaluation import bootstrap, stylometry
-from utils.evaluation.bootstrap import Estimate, center, measure_gap_closed, resample
+from utils.evaluation.bootstrap import Estimate, center, measure_gap_closed, resample, resample_groups
 from utils.evaluation.stylometry import build_word_profile, measure_delta, measure_unknown
 
 
@@ -49,17 +49,32 @@ def share_held(estimates, truth):
     return np.mean(held)
 
 
-@pytest.mark.parametrize("n_texts", [12, 40])
-def test_intervals_of_words_and_spelling_hold(n_texts, monkeypatch):
-    """Fresh texts of one author each time; the true value is the mean of the measure over all of them."""
-    monkeypatch.setattr(stylometry, "resample", functools.partial(resample, rounds=400))
+def test_groups_are_drawn_whole():
+    drawn, n_groups = resample_groups([7, 7, 2, 7, 2, 9], seed=1)
+    assert n_groups == 3
+    assert (drawn[:, [1, 3, 4]] == drawn[:, [0, 0, 2]]).all()
+    assert (drawn[:, 2] != drawn[:, 5]).any()
+    assert (drawn[:, [0, 2, 5]].sum(axis=1) == 3).all()
+    assert (resample_groups([7, 7, 2, 7, 2, 9], 1, size=2)[0][:, [0, 2, 5]].sum(axis=1) == 1).all()
+    assert (resample_groups(range(10), 1, 4)[0] == resample(10, 1, 4)).all()
+
+
+@pytest.mark.parametrize(("n_texts", "group_size"), [(12, 1), (40, 1), (120, 10)])
+def test_intervals_of_words_and_spelling_hold(n_texts, group_size, monkeypatch):
+    """Fresh texts of one author each time; the true value is the mean of the measure over all of them.
+
+    Those of one group are equal, as samples of one prompt may nearly be: they say no more than one of them.
+    """
+    monkeypatch.setattr(bootstrap, "resample", functools.partial(resample, rounds=400))
     monkeypatch.setattr(stylometry, "SELECTIONS", 1)  # all texts are compared
     profile = build_word_profile(write(10_000, "book", 1))
     known, delta, unknown = set(split_all([write(300, "book", 1)])[0]), [], []
+    groups = [number // group_size for number in range(n_texts)]
     for seed in range(200):
-        words = split_all(cut(write(50 * n_texts, "other", 1000 + seed), 50))
-        delta.append(measure_delta(words, profile, 10**6, seed)["delta"])
-        unknown.append(measure_unknown(words, known, seed))
+        words = split_all(cut(write(50 * n_texts // group_size, "other", 1000 + seed), 50))
+        words = [words[group] for group in groups]
+        delta.append(measure_delta(words, profile, 10**6, seed, groups)["delta"])
+        unknown.append(measure_unknown(words, known, seed, groups))
     for found in (delta, unknown):
         assert share_held(found, np.mean([estimate.value for estimate in found])) >= 0.92
 

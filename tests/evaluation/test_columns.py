@@ -51,6 +51,14 @@ def test_rows_of_jsonl_are_grouped_by_their_prompt(tmp_path):
     assert read_judged(path) == [("a\u2028b", "p"), ("c", 2), ("d", "p"), ("e", 4), ("f", 5), ("g", "")]
 
 
+def test_rows_of_two_models_are_refused(tmp_path):
+    """The samples.jsonl of another run: base and fine-tuned model became one column."""
+    path = tmp_path / "samples.jsonl"
+    path.write_text("".join(json.dumps({"text": "a", "model": model}) + "\n" for model in ("base", "finetuned")))
+    with pytest.raises(UserError, match=r"texts of 2 models \(base, finetuned\); keep those of one"):
+        read_judged(path)
+
+
 @pytest.mark.parametrize("line", ["{", '{"txt": "a"}', '"a"', '{"text": 3}', "null", r'{"text": "\ud83d"}'])
 def test_a_row_without_a_text_is_refused(tmp_path, line):
     path = tmp_path / "friend.jsonl"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import MEASURED_FLAGS
+from conftest import MEASURED_FLAGS, make_book
 from datasets import load_from_disk
 from scorer import independent_loss
 
@@ -466,6 +466,12 @@ def test_a_book_whose_words_never_vary_has_no_word_profile(large, reported, monk
     part, missing = compare_texts(columns, {}, data, tokenizer, "", 30, lambda texts: [], seed=1)
     assert "delta" not in part
     assert missing == ["words, spelling and sense: no frequent word of the book varies in its rate"]
+
+
+def test_a_training_text_of_few_words_has_no_word_profile():
+    profile = stylometry.build_word_profile(make_book(20), "It was a cold day.")
+    assert profile.words == []
+    assert len(profile.rates) == len(profile.spread) == 0
 
 
 def judge(script, large, *files):

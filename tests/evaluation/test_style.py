@@ -60,6 +60,12 @@ def test_columns_are_compared_with_equal_amounts(book):
     assert judge_style(book, judged, without)["gap_closed"] is None  # nobody to compare with
 
 
+def test_the_token_between_books_is_no_word_of_theirs():
+    tokenizer = SimpleNamespace(decode=lambda ids: "".join(map(chr, ids)), eos_token="\0")
+    data = SimpleNamespace(ids=lambda _: [*map(ord, "Ada slept.\0Bram")])
+    assert style.sample_book(data, tokenizer) == ("Ada slept.\nBram", True)
+
+
 @pytest.mark.parametrize("lengths", [[5000], [30] * 200, [7, 3000, 30, 30, 2000, 1]], ids=["long", "short", "mixed"])
 def test_a_sample_of_a_long_book_has_short_texts_too(monkeypatch, lengths):
     """Poems or letters, none as long as a window: there was nothing to join, and an error after all sampling."""

@@ -1,5 +1,6 @@
 """The bootstrap: texts are drawn again with replacement many times, and intervals are read from the results."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,6 +31,16 @@ class Estimate:
 def resample(count: int, seed: int, size: int | None = None, rounds: int = ROUNDS) -> np.ndarray:
     """Draw `size` (default: count) of `count` items with replacement; return (rounds, count) times each was drawn."""
     return np.random.default_rng(seed).multinomial(size or count, np.full(count, 1 / count), size=rounds)
+
+
+def resample_groups(groups: Sequence[int], seed: int, size: int | None = None) -> tuple[np.ndarray, int]:
+    """Draw whole groups of about `size` (default: all) items; return resample()'s counts of the items, and of groups.
+
+    Items of one group resemble each other: drawn one by one, they would make an interval too narrow.
+    """
+    names, numbers = np.unique(groups, return_inverse=True)
+    n_drawn = max(1, round((size or len(groups)) * len(names) / len(groups)))
+    return resample(len(names), seed, n_drawn)[:, numbers], len(names)
 
 
 def center(value: float, draws: np.ndarray, count: int) -> Estimate:

@@ -78,7 +78,7 @@ def read_judged(path: Path) -> list[tuple[str, object]]:
     whole = read_book(path)[0]
     if path.suffix.lower() != ".jsonl":
         return [(text.strip("\n"), number) for number, text in enumerate(SEPARATOR.split(whole))]
-    rows = []
+    rows, models = [], set()
     for number, line in enumerate(whole.split("\n"), start=1):
         if line.strip():
             try:
@@ -86,8 +86,11 @@ def read_judged(path: Path) -> list[tuple[str, object]]:
                 row["text"].encode()  # half of a surrogate pair is no text
                 prompt = row.get("prompt")
                 rows.append((row["text"].strip("\n"), prompt if isinstance(prompt, str) else number))
+                models.add(str(row.get("model")))
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 raise UserError(f'{path}: line {number} is not a JSON object with a "text"') from None
+    if len(models) > 1:
+        raise UserError(f"{path} has texts of {len(models)} models ({', '.join(sorted(models))}); keep those of one")
     return rows
 
 

@@ -27,7 +27,7 @@ def sample_book(data: Blocks, tokenizer) -> tuple[str, bool]:
     """Return the training text and whether it is whole; of a long one, pieces spread over it, short texts as such."""
     train = data.ids("train")
     if len(train) <= BOOK_TOKENS:
-        return tokenizer.decode(train), True
+        return tokenizer.decode(train).replace(tokenizer.eos_token, "\n"), True  # between books; no word of theirs
     edges = [
         (i, min(i + BOOK_WINDOW, end)) for start, end, _ in data.spans("train") for i in range(start, end, BOOK_WINDOW)
     ]
@@ -89,8 +89,8 @@ class BookMeasures:
     def measure(self, column: Column, n_texts: int, n_terms: int) -> dict[str, Estimate]:
         """Return delta, cosine_delta, unknown_words and reader_auc of a column."""
         seed = self.seed_of(column)
-        delta = stylometry.measure_delta(column.terms, self.profile, n_terms, seed)
-        unknown = stylometry.measure_unknown(column.terms, self.known, seed)
+        delta = stylometry.measure_delta(column.terms, self.profile, n_terms, seed, column.groups)
+        unknown = stylometry.measure_unknown(column.terms, self.known, seed, column.groups)
         return delta | {"unknown_words": unknown, "reader_auc": self.measure_auc(column, n_texts)}
 
     def compare(self, column: Column, columns: dict[str, Column]) -> tuple[dict[str, dict], dict[str, dict]]:

@@ -2,7 +2,7 @@
 
 import unicodedata
 from collections import Counter
-from collections.abc import Set
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +10,7 @@ import regex
 from sklearn.feature_extraction.text import CountVectorizer
 
 from utils.data.text import LETTER, MARKS, UNSPACED
-from utils.evaluation.bootstrap import Estimate, center, resample
+from utils.evaluation.bootstrap import Estimate, center, resample_groups
 
 SPACED = rf"[\p{{L}}--{UNSPACED}]"
 WORD = regex.compile(
@@ -74,11 +74,13 @@ class WordProfile:
 
 
 def build_word_profile(book: str, control: str | None = None) -> WordProfile:
-    """Build the profile of a training text, of two windows of words at least, and of general text."""
+    """Build the profile of a training text and of general text; without words if none varies between two windows."""
     tokens = split_terms(book)
     totals = Counter(tokens)
     frequent = sorted(totals, key=lambda word: (-totals[word], word))[:N_FREQUENT]
     windows = [tokens[i : i + WINDOW_WORDS] for i in range(0, len(tokens) - WINDOW_WORDS + 1, WINDOW_WORDS)]
+    if len(windows) < 2:
+        return WordProfile([], np.zeros(0), np.zeros(0), None)
     spread = count_words(windows, frequent).std(axis=0, ddof=1) / WINDOW_WORDS  # of counts: exactly 0 for no change
     words = [word for word, deviation in zip(frequent, spread, strict=True) if deviation > 0]
     origin = word_rates([split_terms(control)], words) if control and split_terms(control) else None
@@ -114,31 +116,36 @@ def cosine_delta(rates: np.ndarray, profile: WordProfile) -> np.ndarray:
     return 1 - (text @ book) / np.maximum(lengths, 1e-12)
 
 
-def measure_delta(texts: list[list[str]], profile: WordProfile, n_words: int, seed: int) -> dict[str, Estimate]:
+def measure_delta(
+    texts: list[list[str]], profile: WordProfile, n_words: int, seed: int, groups: Sequence[int] | None = None
+) -> dict[str, Estimate]:
     """Measure delta and, with an origin, cosine_delta between texts (lists of words) and the book.
 
     Delta falls as a text grows, so only equal amounts are comparable: the value is the mean over SELECTIONS selections
-    of about n_words words.
+    of about n_words words. Texts of one group (default: each is one) are drawn together.
     """
     counts, lengths = count_words(texts, profile.words), np.array([len(text) for text in texts])
     size = min(len(texts), max(1, round(n_words / lengths.mean())))
     chosen = np.random.default_rng(seed).random((SELECTIONS, len(texts))).argsort(axis=1) < size
-    drawn = resample(len(texts), seed, size)
+    drawn, n_groups = resample_groups(range(len(texts)) if groups is None else groups, seed, size)
     rates, redrawn = ((rows @ counts) / np.maximum(rows @ lengths, 1)[:, None] for rows in (chosen, drawn))
     measures = {"delta": burrows_delta} | ({} if profile.origin is None else {"cosine_delta": cosine_delta})
     # Draws vary as one selection does, their mean over all texts varies less.
     spread = np.sqrt(size / len(texts))
     return {
-        name: center(measure(rates, profile).mean(), spread * measure(redrawn, profile), len(texts))
+        name: center(measure(rates, profile).mean(), spread * measure(redrawn, profile), n_groups)
         for name, measure in measures.items()
     }
 
 
-def measure_unknown(texts: list[list[str]], known: Set[str], seed: int) -> Estimate:
-    """Measure the share of the words of texts that are not among the known ones."""
+def measure_unknown(
+    texts: list[list[str]], known: Set[str], seed: int, groups: Sequence[int] | None = None
+) -> Estimate:
+    """Measure the share of the words of texts that are not among the known ones; groups as in measure_delta."""
     counts = np.array([[sum(word not in known for word in text), len(text)] for text in texts])
-    unknown, total = (resample(len(texts), seed) @ counts).T
-    return center(counts[:, 0].sum() / counts[:, 1].sum(), unknown / np.maximum(total, 1), len(texts))
+    drawn, n_groups = resample_groups(range(len(texts)) if groups is None else groups, seed)
+    unknown, total = (drawn @ counts).T
+    return center(counts[:, 0].sum() / counts[:, 1].sum(), unknown / np.maximum(total, 1), n_groups)
 
 
 def measure_lengths(text: str) -> dict[str, float | None]:
