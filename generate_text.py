@@ -121,7 +121,7 @@ def find_models(args):
     if not tuned.is_dir():
         raise UserError(f"model: {tuned}: no such directory; has training finished?")
     saved = list_checkpoints(tuned)
-    if saved and not (tuned / "model.safetensors").is_file():
+    if saved and not [*tuned.glob("model*.safetensors")]:
         raise UserError(f"model: {tuned} has no finished model; newest is {saved[0].name}")
     recorded = read_json(tuned / "run_config.json") if (tuned / "run_config.json").is_file() else {}
     data_dir = args.data_dir or Path(recorded.get("data_dir") or "")
@@ -174,18 +174,18 @@ def open_texts(args, tokenizer, data_dir, recorded):
         missing.append(f"forgetting: {CONTROL} is not here; give --control-path")
     elif args.measure:
         control = read_book(args.control_path)[0]
-    if data and len(data.validation):
+    if data:
         is_other_book = check_unseen(args.finetuned_model, recorded, data)
-        if is_other_book is None:
+        if is_other_book is None and len(data.validation):
             tuned = args.finetuned_model
             missing.append(f"whether the validation text is unseen: {tuned} does not say what it was trained on")
     return data, control, bool(is_other_book), missing
 
 
-def build_guard(max_copy, data, tokenizer):
+def build_guard(max_copy, data, is_other_book, tokenizer):
     """Return the guard that --max-copy asks for, or None."""
-    if max_copy and not data:
-        raise UserError("--max-copy needs the training text; give --data-dir")
+    if max_copy and (not data or is_other_book):
+        raise UserError("--max-copy needs the text that the model was trained on; give its --data-dir")
     return CopyGuard(NgramIndex(data.ids("train"), max_copy), tokenizer.eos_token_id) if max_copy else None
 
 
@@ -202,7 +202,8 @@ def collect_prompts(args, data, tokenizer, limit):
     found = [(text, encode_prompt(tokenizer, text), []) for text in texts or usual]
     start = start_ids(tokenizer)
     if data and len(data.validation):
-        n_prompt, longest = min(PROMPT_TOKENS, limit // 2), max(map(len, data.segments("validation")))
+        longest = max(map(len, data.segments("validation")))
+        n_prompt = min(PROMPT_TOKENS, limit // 2, max(1, longest // 2))
         # Where no segment is as long as a prompt with a sample, the author's continuation is half a segment.
         n_next = args.max_new_tokens if n_prompt + args.max_new_tokens <= longest else longest // 2
         pairs = data.validation_prompts(tokenizer, args.num_validation_prompts, n_prompt, n_next)
@@ -219,20 +220,21 @@ def collect_decoding(args):
     return Decoding(**{entry.name: getattr(args, entry.name) for entry in fields(Decoding)})
 
 
-def write_live(args, folders, data_dir):
+def write_live(args, folders, data_dir, recorded):
     """Write one text into a file, or continue what is typed on the terminal; nothing is measured."""
     if args.to_file:
         check_new_file(args.to_file)
     device = pick_device(args.device)
     models, tokenizer = load_models(folders, args.top_k)
     data = open_data(data_dir, tokenizer) if data_dir and (args.max_copy or args.interactive) else None
+    is_other_book = data and check_unseen(args.finetuned_model, recorded, data)
     for model in models.values():
         use_fast_layers(model.to(device), device)
     limit = min(position_limit(model.config.to_dict()) or sys.maxsize for model in models.values())
     options = {
         "decoding": collect_decoding(args),
         "autocast": functools.partial(autocast, device, pick_dtype(args.dtype, device)),
-        "guard": build_guard(args.max_copy, data, tokenizer),
+        "guard": build_guard(args.max_copy, data, is_other_book, tokenizer),
         "stop": StopTexts(tokenizer, args.stop) if args.stop else None,
         "start": start_ids(tokenizer),
     }
@@ -245,7 +247,7 @@ def write_live(args, folders, data_dir):
         return generate_ids(models[name], tokenizer.eos_token_id, [ids], [seed], watch=watch, **options)
 
     if args.interactive:
-        index = NgramIndex(data.ids("train"), compare.SHOWN_NGRAM) if data else None
+        index = NgramIndex(data.ids("train"), compare.SHOWN_NGRAM) if data and not is_other_book else None
         return converse(list(models), encode, generate, tokenizer, index, args.seed)
     stopping, write = StopSignal(), functools.partial(generate, "finetuned", encode(args.prompt[0]), args.seed)
     print(write_text_file(
@@ -344,13 +346,13 @@ def describe_settings(args, base_name, folders, data, recorded, dtype):
 def main(args):
     base_name, folders, data_dir, recorded = find_models(args)
     if args.to_file or args.interactive:
-        return write_live(args, folders, data_dir)
+        return write_live(args, folders, data_dir, recorded)
     with lock(args.finetuned_model, "samples"):  # a lock of its own: a training in progress may be looked at
         device = pick_device(args.device)
         dtype = pick_dtype(args.dtype, device)
         models, tokenizer = load_models(folders, args.top_k)
         data, control, is_other_book, missing = open_texts(args, tokenizer, data_dir, recorded)
-        guard = build_guard(args.max_copy, data, tokenizer)
+        guard = build_guard(args.max_copy, data, is_other_book, tokenizer)
         limit = min(position_limit(model.config.to_dict()) or sys.maxsize for model in models.values())
         prompts = collect_prompts(args, data, tokenizer, limit)
         for model in models.values():

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import copy_run
+from conftest import copy_run, make_book
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from utils.data.blocks import open_blocks
@@ -310,6 +310,32 @@ def test_samples_beyond_every_window_are_measured_or_named(finetuned, prepared, 
     assert "in texts of 10 sources are needed" in reason
     assert report["by_quarter"].keys() == {"base", "finetuned", "reference"}
     assert report["quiz_pairs"] or any(reason.startswith("the quiz: ") for reason in report["missing"])
+
+
+def test_short_segments_give_short_prompts(finetuned, script, tmp_path, tiny_model):
+    """Segments of 33 to 63 tokens gave no prompt at all, and nothing said so."""
+    (tmp_path / "book.txt").write_text(make_book(60))
+    flags = ["--input-path", tmp_path / "book.txt", "--model-name", tiny_model, "--val-split", "0.1"]
+    assert script("prepare_data", *flags, "--block-size", 16, "--output-dir", tmp_path / "blocks").code == 0
+    longest = max(map(len, open_blocks(tmp_path / "blocks").segments("validation")))
+    assert 33 <= longest < 64
+    run = copy_run(finetuned, tmp_path / "run")
+    (run / "run_config.json").unlink()  # of another split of the same text
+    data = ["--data-dir", tmp_path / "blocks", "--base-model", tiny_model]
+    ran = script("generate_text", "--finetuned-model", run, *data, *QUICK)
+    assert ran.code == 0, ran.err
+    assert sum(row["has_reference"] for row in read_json(run / "report.json")["texts"]) == 2
+
+
+def test_a_model_in_several_files_is_finished(finetuned, script, tmp_path):
+    run = copy_run(finetuned, tmp_path / "run")
+    shutil.copytree(finetuned / "checkpoint-6", run / "checkpoint-6")
+    (run / "manifest.json").unlink()
+    (run / "model.safetensors").unlink()
+    load_pair(finetuned)[0].save_pretrained(run, max_shard_size="20KB")
+    assert len([*run.glob("model-*.safetensors")]) > 1
+    ran = script("generate_text", "--finetuned-model", run, "--max-new-tokens", 4, *QUICK)
+    assert ran.code == 0, ran.err
 
 
 def test_without_validation_text_there_are_samples(finetuned, script, tmp_path, tiny_model):

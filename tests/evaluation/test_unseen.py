@@ -61,6 +61,40 @@ def test_another_split_of_the_book_is_refused(large, tiny_model, script, tmp_pat
     assert (ran.code, TRAINING_NGRAMS in ran.err) == (2, True)
 
 
+def test_the_same_file_cleaned_is_another_split(large, tiny_model, script, tmp_path, monkeypatch):
+    """What --clean takes out moves all segments after it: validation text was trained on."""
+    monkeypatch.chdir(tmp_path)
+    run = copy_run(large / "model", Path("run"))
+    prepare(script, large, tiny_model, Path("blocks"), "--clean", "quotes")
+    ran = script("generate_text", "--finetuned-model", run, "--data-dir", "blocks", *QUICK)
+    assert ran.code == 0, "nothing was mended, so that the segments are the same"
+    book = Path("book.txt")
+    marks = [f"*** {place} OF THE PROJECT GUTENBERG EBOOK X ***" for place in ("START", "END")]
+    book.write_text("\n\n".join([marks[0], make_book(600), marks[1], "A licence with many words. " * 300]))
+    prepare(script, large, tiny_model, Path("whole"), book=book)
+    flags = ["--data-dir", "whole", "--output-dir", "trained", "--max-steps", 2, "--sample-tokens", 0]
+    assert script("finetune_generative", *flags, "--copy-samples", 0).code == 0
+    prepare(script, large, tiny_model, Path("clean"), "--clean", "gutenberg", book=book)
+    ran = script("generate_text", "--finetuned-model", "trained", "--data-dir", "clean", *QUICK)
+    assert ran.code == 2
+    assert "is another split than the model's" in ran.err
+
+
+def test_another_book_without_validation_text_is_not_the_models_own(large, tiny_model, script, tmp_path):
+    """It was listed in the model card as trained on, and --max-copy kept the model from copying that one."""
+    other = tmp_path / "other.txt"
+    other.write_text(make_book(300)[::-1])
+    prepare(script, large, tiny_model, tmp_path / "blocks", "--val-split", 0, book=other)
+    run, data = copy_run(large / "model", tmp_path / "run"), ["--data-dir", tmp_path / "blocks"]
+    ran = script("generate_text", "--finetuned-model", run, *data, "--max-new-tokens", 8, "--no-measure")
+    assert ran.code == 0, ran.err
+    report = read_json(run / "report.json")
+    assert (report["other_book"], report["books"]) == (True, [])
+    for flags in (["--no-measure"], ["--to-file", tmp_path / "new.txt", "--prompt", "Ada"]):
+        ran = script("generate_text", "--finetuned-model", run, *data, "--max-copy", 8, *flags)
+        assert (ran.code, "--max-copy needs the text that the model was trained on" in ran.err) == (2, True)
+
+
 def test_other_blocks_of_the_same_split_are_accepted(large, tiny_model, script, tmp_path):
     flags = ["--block-size", 32]
     prepare(script, large, tiny_model, tmp_path / "blocks", *flags)

@@ -12,7 +12,7 @@ from utils.evaluation.ngrams import OVERLAP_TOKENS, keep_one_in, sample_ngrams
 from utils.storage import diff_settings, replacing
 
 TRAINING_NGRAMS = "training_ngrams.safetensors"
-SPLIT_SETTINGS = ("books", "encoding", "seed", "val_split", "val_path")
+SPLIT_SETTINGS = ("books", "encoding", "clean", "seed", "val_split", "val_path")
 SAME_BOOK_SHARE = 0.1  # of its training n-grams; an edited copy shares more with the model's book, another book less
 OTHER_BOOK_SHARE = 0.01  # of its validation n-grams that another book may share: a licence, a quotation
 
@@ -42,7 +42,7 @@ def check_unseen(folder: Path, recorded: dict, data) -> bool | None:
 
     Args:
         recorded: the model's run_config.json; {} without one.
-        data: Blocks with validation text.
+        data: Blocks, whose validation text is counted if there is some.
     """
     try:
         if recorded["settings"]["data_sha256"] == data.sha256:
@@ -58,6 +58,8 @@ def check_unseen(folder: Path, recorded: dict, data) -> bool | None:
     is_other_book = n_seen_train < SAME_BOOK_SHARE * n_train
     if n_seen > (OTHER_BOOK_SHARE * n_ngrams if is_other_book else 0):
         kept = f"--val-path {' '.join(split['val_path'])}" if split["val_path"] else f"--val-split {split['val_split']}"
+        if split["clean"]:
+            kept += f" --clean {split['clean']}"
         raise UserError(
             f"data: {data.folder} is another split than the model's: {n_seen:,} of {n_ngrams:,} {OVERLAP_TOKENS}-token "
             f"n-grams of its validation text were trained on; prepare it with --seed {split['seed']} {kept}, "
