@@ -169,7 +169,8 @@ def prepare(args, books, tokenizer, settings):
             **describe_chapters(args, books),
             **write_blocks(args, books, tokenizer, folder),
         }  # fmt: skip
-    clear_folder(args.output_dir, keep=[MANIFEST, *(name.split("/")[0] for name in manifest["files"])])
+    if args.overwrite:
+        clear_folder(args.output_dir, keep=[MANIFEST, *(name.split("/")[0] for name in manifest["files"])])
     return manifest
 
 

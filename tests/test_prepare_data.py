@@ -314,6 +314,14 @@ def test_a_damaged_file_is_made_again(prepare, tmp_path):
     assert {name: entry[0] for name, entry in after.items()} == {name: entry[0] for name, entry in before.items()}
 
 
+def test_a_repair_leaves_what_it_has_not_made(prepare, tmp_path):
+    assert prepare().code == 0
+    (tmp_path / "blocks" / "mine.txt").write_text("a note")
+    (tmp_path / "blocks" / "train" / "data-00000-of-00001.arrow").unlink()
+    assert prepare().code == 0
+    assert (tmp_path / "blocks" / "mine.txt").read_text() == "a note"
+
+
 @pytest.mark.parametrize("content", ["", '{"made_by": "prepare_data.py"}', '{"format": 1,', "[" * 99_999])
 def test_overwrite_replaces_a_folder_whose_manifest_is_damaged(prepare, tmp_path, content):
     assert prepare().code == 0

@@ -106,8 +106,8 @@ def read_slices(path: Path, encoding: str, digest) -> Iterator[str]:
             digest.update(raw)
             try:
                 text = newlines.decode(raw, final=not raw)
-            except UnicodeDecodeError as error:
-                offset = n_read + len(raw) - len(error.object)
+            except UnicodeError as error:
+                offset = n_read + len(raw) - len(getattr(error, "object", raw))
                 raise UserError(f"{name} is not {explain_decoding(error, encoding, offset, n_lines)}") from None
             check_characters(text, raw, encoding, name, n_read)
             held += text if n_read else text.removeprefix("\ufeff")

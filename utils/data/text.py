@@ -94,7 +94,7 @@ def find_books(paths: list[Path]) -> list[Path]:
 
 
 def read_book(
-    path: Path, encoding: str = "utf-8", validation: bool = False, faults: Sequence[str] | None = None
+    path: Path, encoding: str | None = None, validation: bool = False, faults: Sequence[str] | None = None
 ) -> tuple[str, Book]:
     """Read a text file, drop a byte-order mark, make every line end LF, and mend the named faults (doctor.FAULTS).
 
@@ -106,7 +106,7 @@ def read_book(
 
 
 def load_text(
-    path: Path, encoding: str, faults: Sequence[str] | None
+    path: Path, encoding: str | None, faults: Sequence[str] | None
 ) -> tuple[str, str, tuple[int, ...], dict[str, int]]:
     """Read a file as read_book does; return its text, and sha256, chapters and cleaned of its Book."""
     name, suffix = short_name(path), path.suffix.lower()
@@ -139,13 +139,14 @@ def count_words(text: str) -> int:
     return len(rest.split())
 
 
-def _decode(raw: bytes, encoding: str, name: str) -> str:
+def _decode(raw: bytes, given: str | None, name: str) -> str:
     """Decode the bytes of a text file, without a byte-order mark and with LF as line ends."""
+    encoding = given or "utf-8"
     check_first_bytes(raw, encoding, name)
     try:
         text = raw.decode(encoding)
-    except UnicodeDecodeError as error:
-        raise UserError(f"{name} is not {explain_decoding(error, encoding)}") from None
+    except UnicodeError as error:
+        raise UserError(f"{name} is not {explain_decoding(error, given)}") from None
     check_characters(text, raw, encoding, name)
     return text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
 
@@ -198,18 +199,23 @@ def check_characters(text: str, raw: bytes, encoding: str, name: str, offset: in
         raise UserError(f"{name} is not {encoding}: half a character, {text[error.start]!r}") from None
 
 
-def explain_decoding(error: UnicodeDecodeError, encoding: str, offset: int = 0, n_lines: int = 0) -> str:
-    """Say what a file is not; its part error.object starts at byte `offset`, after `n_lines` lines."""
+def explain_decoding(error: UnicodeError, encoding: str | None, offset: int = 0, n_lines: int = 0) -> str:
+    """Say what a file is not; its part error.object starts at byte `offset`, after `n_lines` lines.
+
+    None as encoding: UTF-8, in a script without a flag for another one.
+    """
+    if not isinstance(error, UnicodeDecodeError):  # utf-16 without a mark, or a codec that is none of text
+        return f"{encoding}: {error}"
     raw, start = error.object, error.object[:4096]
     byte = f"byte {raw[error.start]:#04x} at offset {offset + error.start}"
     if sum(byte < 9 or 13 < byte < 32 for byte in start) > 0.01 * len(start):  # control characters
         return f"text: {byte}"
-    if codecs.lookup(encoding).name != "utf-8":
+    if encoding and codecs.lookup(encoding).name != "utf-8":
         return f"{encoding}: {byte}"
     if error.reason == "unexpected end of data":
         return f"UTF-8: unfinished character at its end (offset {offset + error.start})"
     line = n_lines + raw.count(b"\n", 0, error.start) + 1
-    return f"UTF-8: {byte} (line {line}); convert it or give --encoding latin-1"
+    return f"UTF-8: {byte} (line {line}); convert it{' or give --encoding latin-1' * bool(encoding)}"
 
 
 def choose_chapters(books: list[Book], val_split: float, seed: int) -> list[tuple[int, int]]:
