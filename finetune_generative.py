@@ -91,7 +91,7 @@ from tqdm import tqdm
 
 from utils.data.blocks import BatchOrder, open_blocks, read_manifest
 from utils.data.tokenizer import fingerprint_tokenizer, load_tokenizer, start_ids
-from utils.evaluation.generation import Decoding, encode_prompt, generate_ids
+from utils.evaluation.generation import Decoding, encode_prompt, generate_ids, show_continued
 from utils.evaluation.loss import describe_result, score_blocks, summarize_loss
 from utils.evaluation.memorization import CopyMonitor
 from utils.evaluation.unseen import save_training_ngrams
@@ -127,7 +127,7 @@ def find_base(args, data):
     base = args.model_name or data.manifest["model_name"]
     if base is None:
         raise UserError("the data has a tokenizer of its own and no model; give --from-scratch CONFIG.json")
-    is_new = args.overwrite or not (args.output_dir / "run_config.json").is_file()
+    is_new = args.overwrite or not checkpoints.list_checkpoints(args.output_dir)
     return base, (locate_model if is_new else find_local)(base) if parallel.is_main() else None
 
 
@@ -171,7 +171,7 @@ def load_model(args, data, base, folder, checkpoint, device):
         add_adapter(model, args.lora_rank, args.lora_alpha, args.seed, base, checkpoint if parallel.is_main() else None)
     use_fast_layers(model, device, args.compile)
     if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        loading.use_checkpointing(model)
     sharding.shard(model, device)
     return model, tokenizer
 
@@ -310,7 +310,7 @@ def draw_sample(setup, model, tokenizer):
     with sharding.unsharded(model):
         ids = generate_ids(model, tokenizer.eos_token_id, [setup.sample_ids], [setup.seed], decoding, setup.autocast,
                            start=start_ids(tokenizer))[0]  # fmt: skip
-    return "\n  | " + (setup.sample_prompt + tokenizer.decode(ids)).replace("\n", "\n  | ")
+    return "\n  | " + show_continued(tokenizer, setup.sample_ids, ids).replace("\n", "\n  | ")
 
 
 def print_settings(args, setup, data, model, base, forecast):

@@ -126,6 +126,20 @@ def add_start_token(tokenizer, token):
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"{token} $A", special_tokens=special)
 
 
+def make_sentencepiece_tokenizer(text):
+    """Return a tokenizer as Llama 2's: it puts a space before what it encodes, and drops the first when it decodes."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    rust = Tokenizer(models.BPE(unk_token="<unk>"))
+    rust.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=True)
+    rust.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    rust.train_from_iterator(
+        [text], trainers.BpeTrainer(vocab_size=400, special_tokens=["<unk>", "</s>"], show_progress=False)
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=rust, eos_token="</s>", unk_token="<unk>")
+
+
 @contextmanager
 def own_signals():
     """Give the process its signal handlers back: a script ends by ignoring all that would stop it."""

@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from utils.cli import run
 from utils.errors import EXIT_MACHINE, UserError, explain_failures
@@ -48,6 +49,16 @@ def test_too_little_memory_is_a_failure_of_the_machine(capsys, monkeypatch, erro
     with pytest.raises(SystemExit, match=str(EXIT_MACHINE)):
         run(main)
     assert capsys.readouterr().err == "error: out of memory\n"
+
+
+def test_a_full_gpu_is_named_with_what_to_try(capsys, monkeypatch):
+    def main():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+
+    monkeypatch.setattr("utils.cli.catch_signals", lambda _: None)
+    with pytest.raises(SystemExit, match=str(EXIT_MACHINE)):
+        run(main)
+    assert capsys.readouterr().err == "error: out of memory of the GPU; try a smaller --batch-size\n"
 
 
 def test_a_refusal_inside_a_training_keeps_its_words():

@@ -16,6 +16,7 @@ EXIT_INPUT, EXIT_MACHINE, EXIT_DIVERGED = 2, 3, 4
 # A full or failing disk, a quota, a read-only file system: not the user's fault.
 MACHINE_ERRNOS = {errno.ENOSPC, errno.EIO, errno.EROFS, errno.EDQUOT}
 OUT_OF_MEMORY = "out of memory"
+GPU_FULL = "OutOfMemoryError"  # the name of torch's error; torch is not imported here
 
 
 class UserError(Exception):
@@ -41,6 +42,8 @@ def machine_reason(error: BaseException) -> str | None:
     found = re.search(r"(?:os error |[Ee]rrno )(\d+)", str(error))
     number = getattr(error, "errno", None) or (int(found.group(1)) if found else None)
     if isinstance(error, MemoryError) or number == errno.ENOMEM or "can't allocate memory" in str(error):  # torch's
+        return OUT_OF_MEMORY
+    if type(error).__name__ == GPU_FULL:
         return OUT_OF_MEMORY
     return os.strerror(number).lower() if number in MACHINE_ERRNOS else None
 
@@ -79,14 +82,14 @@ def explain_failures(
         # PyTorch reports a killed data worker a second time, from a signal handler: not in the middle of this.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         what, code, advice = machine_reason(error), getattr(error, "code", EXIT_MACHINE), resume_advice()
-        is_gpu = type(error).__name__ == "OutOfMemoryError"  # torch's, which is not imported here
+        is_gpu = type(error).__name__ == GPU_FULL
         if isinstance(error, UserError):
             if code == EXIT_INPUT:
                 raise  # a refusal is no failure
             what = str(error)
             if code == EXIT_DIVERGED:
                 advice = f"try a --learning-rate below {learning_rate:g}, with --overwrite"
-        elif is_gpu or what == OUT_OF_MEMORY:
+        elif what == OUT_OF_MEMORY:
             size = state.machine.get("micro_batch_size", batch_size)
             smaller = f"--micro-batch-size {size // 2} or " if size > 1 else ""
             what = f"out of {'GPU ' if is_gpu else ''}memory ({size} blocks per forward pass)"

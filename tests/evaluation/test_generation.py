@@ -5,6 +5,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from conftest import make_book, make_sentencepiece_tokenizer
 from transformers import (
     BloomConfig,
     BloomForCausalLM,
@@ -24,6 +25,7 @@ from utils.evaluation.generation import (
     forbid_repeated_ngrams,
     generate_ids,
     penalize_repetition,
+    show_continued,
 )
 from utils.evaluation.memorization import CopyGuard
 from utils.evaluation.ngrams import NgramIndex
@@ -217,6 +219,26 @@ def test_strings_end_texts_of_any_alphabet(pair, text):
                 if cut is not None:
                     break
             assert tokenizer.decode(cut) == text[: text.index(text[start:end])]
+
+
+def test_strings_end_texts_of_a_tokenizer_that_puts_a_space_before_what_it_encodes():
+    """'counted the stars' before 'ars' became 'counted the s t'."""
+    text = "Hal counted the stars over the mill."
+    tokenizer = make_sentencepiece_tokenizer(make_book() + text)
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    for start in range(4, len(text)):
+        for end in range(start + 1, min(start + 4, len(text)) + 1):
+            stop = StopTexts(tokenizer, [text[start:end]])
+            cut = next(cut for n in range(1, len(ids) + 1) if (cut := stop.cut(ids[:n], 0)) is not None)
+            assert tokenizer.decode(cut) == text[: text.index(text[start:end])]
+
+
+@pytest.mark.parametrize("prompt", ["The old house", "", "Ada"])
+def test_a_prompt_and_its_continuation_are_shown_as_one_text(prompt):
+    tokenizer = make_sentencepiece_tokenizer(make_book() + "The old house \x1b[2J")
+    new = tokenizer("stood there \x1b[2J", add_special_tokens=False)["input_ids"]
+    shown = show_continued(tokenizer, encode_prompt(tokenizer, prompt), new)
+    assert shown == f"{prompt} stood there \ufffd[2J".strip()
 
 
 def test_watching_sees_every_token_and_may_end_the_text(pair, prompts):

@@ -16,10 +16,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import make_book, make_sentencepiece_tokenizer
 from rich.console import Console
 from rich.text import Text
 
 from utils.data.tokenizer import load_tokenizer
+from utils.evaluation.generation import encode_prompt
 from utils.evaluation.interactive import arrange, converse, mark_copied
 from utils.evaluation.ngrams import NgramIndex, mark_overlap
 
@@ -44,6 +46,27 @@ def test_copied_spans_are_in_brackets(tokenizer):
         "[mended a net]",
     ]
     assert mark_copied(ids, None, tokenizer).plain == text.replace("\x1b", "\ufffd")
+
+
+def test_marking_changes_no_space_of_a_sentencepiece_text():
+    text = "Yesterday Ada went to the mill and mended a net. Hal slept there."
+    tokenizer = make_sentencepiece_tokenizer(make_book() + text)
+    book, ids = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in (text[10:48], text))
+    marked = mark_copied(ids, NgramIndex(np.array(book), 3), tokenizer).plain
+    assert marked == "Yesterday [Ada went to the mill and mended a net.] Hal slept there."
+
+
+def test_a_line_that_is_not_utf8_is_named_and_the_next_is_read(tokenizer, monkeypatch, capsys):
+    raw, prompts = io.BytesIO(b"Ada\ncaf\xe9\nBram\n"), []
+
+    def generate(name, ids, seed, watch):
+        prompts.append(tokenizer.decode(ids))
+        return [[]]
+
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(raw, encoding="utf-8"))
+    converse(["finetuned"], lambda text: encode_prompt(tokenizer, text), generate, tokenizer, None, 7)
+    assert prompts == ["Ada", "Bram"]
+    assert "error: prompt is not valid UTF-8" in capsys.readouterr().err
 
 
 def test_an_index_marks_as_a_scan_does():
@@ -95,7 +118,7 @@ def test_prompts_from_a_pipe(tokenizer, monkeypatch, capsys):
     assert calls == [(name, text, seed) for text, seed in prompts for name in ("base", "finetuned")]
     out = capsys.readouterr().out
     assert "prompt: Ada went\n[base model]\n wrote base\n[fine-tuned model]\n wrote finetuned\n" in out
-    assert "not marked: there is no prepared data" in out
+    assert "not marked: the data that the model was trained on is not here" in out
 
 
 class Terminal:

@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 from languages import LANGUAGES, UNSPACED, make_text
 
+from utils.cli import make_printable
 from utils.data.blocks import decode_cuts, open_blocks
 from utils.data.text import count_words, find_cuts
 from utils.data.tokenizer import load_tokenizer, train_tokenizer
 from utils.evaluation.columns import build_column
 from utils.evaluation.compare import CUT_WORD
-from utils.evaluation.render import make_printable, render_page, render_terminal
+from utils.evaluation.render import render_page, render_terminal
 from utils.evaluation.report import Report
 from utils.evaluation.stylometry import (
     build_word_profile,

@@ -64,7 +64,7 @@ def case(prepared, tiny_model, tmp_path):
         device=CPU, dtype="fp32", autocast=nullcontext, order=BatchOrder(len(data.train), 8, 1, 1), max_steps=50,
         micro_batch_size=8, schedule=lambda step: 1e-3, max_grad_norm=1.0, seed=1, output_dir=tmp_path, eval_every=5,
         eval_batch_size=4, early_stopping_patience=None,
-        copy_monitor=SimpleNamespace(prompts=[[1, 2]], new_tokens=5, eos_token_id=0), sample_prompt="", sample_ids=[0],
+        copy_monitor=SimpleNamespace(prompts=[[1, 2]], new_tokens=5, eos_token_id=0), sample_ids=[0],
         sample_tokens=3, save_every=None, save_dtype="fp32", keep_checkpoints=2, log_every=1, report_to="none",
         num_workers=0,
     )  # fmt: skip

@@ -13,6 +13,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
+from utils.cli import make_printable
 from utils.data.tokenizer import encode_text, start_ids
 from utils.errors import UserError
 from utils.model.hub import position_limit
@@ -81,6 +82,12 @@ def encode_prompt(tokenizer, prompt: str) -> list[int]:
     return ids or [tokenizer.eos_token_id]
 
 
+def show_continued(tokenizer, prompt_ids: list[int], new_ids: list[int]) -> str:
+    """Return a prompt, as encode_prompt gives it, and what was written to it as text that can be printed."""
+    first = len(start_ids(tokenizer)) + (prompt_ids == [tokenizer.eos_token_id])
+    return make_printable(tokenizer.decode(prompt_ids[first:] + new_ids))
+
+
 def fit_prompt(ids: list[int], limit: int, new_tokens: int, truncate: bool, n_start: int = 0) -> list[int]:
     """Return a prompt that fits into the context of `limit` tokens; on request cut at its left, after n_start ids."""
     if len(ids) <= limit:
@@ -101,7 +108,8 @@ class StopTexts:
     def cut(self, ids: list[int], n_prompt: int) -> list[int] | None:
         """Return a text's ids up to the string that its last token completes, None if there is none.
 
-        Of a token that is cut, the part before the string is tokenized again. The n_prompt ids of the prompt stay.
+        Of a token that is cut, the part before the string is tokenized again, if that gives the same text: some
+        tokenizers put a space before what they encode. The n_prompt ids of the prompt stay.
         """
         n_kept = max(0, len(ids) - self.n_tokens)
         tail = ids[n_kept:]
@@ -110,11 +118,14 @@ class StopTexts:
         if max(found) < 0:
             return None
         before = text[: min(position for position in found if position >= 0)]
-        whole = next(n for n in range(len(tail), -1, -1) if before.startswith(self.tokenizer.decode(tail[:n])))
-        if n_kept + whole < n_prompt:
-            return ids[:n_prompt]
-        rest = before[len(self.tokenizer.decode(tail[:whole])) :]
-        return ids[: n_kept + whole] + encode_text(self.tokenizer, [rest])
+        starts = [self.tokenizer.decode(tail[:n]) for n in range(len(tail) + 1)]
+        fits = [n for n, start in enumerate(starts) if before.startswith(start) and n_kept + n >= n_prompt]
+        for n in reversed(fits):
+            for rest in (before[len(starts[n]) :], before[len(starts[n]) :].removeprefix(" ")):
+                new = encode_text(self.tokenizer, [rest])
+                if self.tokenizer.decode(tail[:n] + new) == before:
+                    return ids[: n_kept + n] + new
+        return ids[: n_kept + fits[-1]] if fits else ids[:n_prompt]
 
 
 class TokenChooser:

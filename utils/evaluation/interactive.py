@@ -1,6 +1,7 @@
 """Type a prompt and watch the base and the fine-tuned model continue it side by side, with copied spans marked."""
 
 import contextlib
+import io
 import itertools
 import signal
 import sys
@@ -14,9 +15,11 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from utils.cli import make_printable
+from utils.data.blocks import decode_cuts
 from utils.errors import UserError
 from utils.evaluation.ngrams import NgramIndex
-from utils.evaluation.render import MIN_COLUMN, make_printable
+from utils.evaluation.render import MIN_COLUMN
 from utils.evaluation.report import NAMES
 
 REFRESH_SECONDS = 0.15
@@ -58,6 +61,8 @@ def converse(
     interrupt, console = Interrupt(), Console(highlight=False, markup=False, emoji=False)
     is_screen = all(stream and stream.isatty() for stream in (sys.stdin, sys.stdout)) and not console.is_dumb_terminal
     before = signal.getsignal(signal.SIGINT)
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # encode() refuses what is not UTF-8, and the next line is read
     signal.signal(signal.SIGINT, interrupt.receive)
     try:
         say_hello(index)
@@ -87,7 +92,7 @@ def say_hello(index: NgramIndex | None) -> None:
     if index:
         print(f"[Brackets] hold {index.length} or more tokens that stand so in the training text.")
     else:
-        print("Copied text is not marked: there is no prepared data; give --data-dir.")
+        print("Copied text is not marked: the data that the model was trained on is not here; give --data-dir.")
     print(flush=True)
 
 
@@ -163,10 +168,10 @@ def without_echo() -> Iterator[None]:
 def mark_copied(ids: list[int], index: NgramIndex | None, tokenizer) -> Text:
     """Decode ids, with the spans that stand in training in brackets and in another style."""
     marks, text = index.mark(np.array(ids, np.int64)) if index else np.zeros(len(ids), bool), Text()
-    for is_copied, group in itertools.groupby(zip(ids, marks.tolist(), strict=True), lambda pair: pair[1]):
-        piece = make_printable(tokenizer.decode([token for token, _ in group]))
+    cuts = [0, *(np.flatnonzero(np.diff(marks)) + 1).tolist(), len(ids)]
+    for start, piece in zip(cuts, map(make_printable, decode_cuts(tokenizer, ids, cuts)), strict=False):
         bare = piece.strip()
-        if is_copied and bare:
+        if len(ids) and marks[start] and bare:
             before, after = piece.split(bare)
             text.append(before).append(f"[{bare}]", COPIED).append(after)
         else:

@@ -19,6 +19,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from utils.cli import make_printable
 from utils.errors import UserError
 from utils.evaluation.plots import draw_copying, draw_loss, draw_parts, render_svg
 from utils.evaluation.report import NAMES, Report, list_columns, list_quarters, list_scores
@@ -143,15 +144,6 @@ def _print_texts(console: Console, texts: dict[str, str]) -> None:
         table.add_column(name, width=column, overflow="fold")
     table.add_row(*texts.values())
     console.print(table)
-
-
-def make_printable(text: str) -> str:
-    """Replace control characters, which could command a terminal; the spaces and joiners of other scripts stay."""
-
-    def is_shown(c: str) -> bool:
-        return c.isprintable() or c in "\n\u200b\u200c\u200d" or unicodedata.category(c) == "Zs"
-
-    return "".join(c if is_shown(c) else "\ufffd" for c in text)
 
 
 def render_page(name: str, report: Report) -> str:

@@ -45,7 +45,6 @@ class TrainingSetup:
     eval_batch_size: int
     early_stopping_patience: int | None
     copy_monitor: CopyMonitor
-    sample_prompt: str
     sample_ids: list[int]
     sample_tokens: int
     save_every: int | None
