@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import shutil
 import signal
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from utils.data.tokenizer import load_tokenizer
 from utils.errors import UserError
 from utils.evaluation.generation import Decoding, generate_ids
 from utils.model.loading import load_pair, new_model
+from utils.storage import read_json
+from utils.training import checkpoint as checkpoints
 from utils.training import optim
 from utils.training.checkpoint import TrainState
 
@@ -285,6 +288,38 @@ def test_finished_run_is_left_alone(finetune, script, prepared, tmp_path):
     assert ran.code == 0
     assert "already complete at step 6" in ran.out
     assert before == {path: path.stat().st_mtime_ns for path in before}
+
+
+def test_a_run_without_its_checkpoints_is_not_begun_again(finetune, script, prepared, tmp_path):
+    """README calls them of use only to resume; the model, the report and all else would have been replaced."""
+    out = finetune("run", *QUICK)
+    for checkpoint in out.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    (out / "mine.txt").write_text("a note")
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    ran = script("finetune_generative", "--data-dir", prepared, "--output-dir", out, *QUICK)
+    assert ran.code == 2
+    assert "were removed, so that the run cannot go on; its model stays usable; --overwrite" in ran.err
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+    assert finetune("run", *QUICK, "--overwrite") == out
+
+
+def test_the_base_of_a_run_without_a_checkpoint_is_looked_for(finetune, tiny_model, monkeypatch):
+    """Killed before its first checkpoint, and the base left the cache: its hash was not recorded, and refused later."""
+
+    def die(*_):
+        raise RuntimeError("killed")
+
+    save = checkpoints.save_checkpoint
+    monkeypatch.setattr(checkpoints, "save_checkpoint", die)
+    with pytest.raises(RuntimeError, match="killed"):
+        finetune("run", *QUICK)
+    monkeypatch.setattr(checkpoints, "save_checkpoint", save)
+    looked = []
+    monkeypatch.setattr(finetune_generative, "locate_model", lambda *args: looked.append(args) or tiny_model)
+    out = finetune("run", *QUICK)
+    assert looked
+    assert read_json(out / "run_config.json")["settings"]["base_sha256"]
 
 
 @pytest.mark.parametrize("n_positions", [4, 32, 64])

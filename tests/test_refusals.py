@@ -25,6 +25,7 @@ import torch
 from datasets import Dataset, DatasetDict, load_from_disk
 from safetensors.torch import load_file, save_file
 
+from utils.cli import check_processes
 from utils.storage import MANIFEST, describe_files, hash_file
 
 ROOT = Path(__file__).parents[1]
@@ -174,6 +175,13 @@ def test_half_a_character(refuse, here, tiny_model):
     (here / "book.txt").write_bytes(TEXT.encode() * 20 + b"+2AA-")
     flags = ["--input-path", "book.txt", "--encoding", "utf-7", *prepare_flags(tiny_model)]
     refuse("prepare_data", *flags, says="book.txt is not utf-7: half a character, '\\ud800'")
+
+
+@pytest.mark.parametrize("encoding", ["undefined", "punycode"])
+def test_codecs_that_are_none_of_text(refuse, here, tiny_model, encoding):
+    (here / "book.txt").write_bytes("é".encode() * 400)
+    flags = ["--input-path", "book.txt", "--encoding", encoding, *prepare_flags(tiny_model)]
+    refuse("prepare_data", *flags, says=f"book.txt is not {encoding}: ")
 
 
 def make_fifo(place):
@@ -1033,6 +1041,14 @@ PROCESSES = [
 ]
 
 
+@pytest.mark.parametrize("stray", [{"MASTER_PORT": "tcp://10.0.0.1:80"}, {"LOCAL_RANK": "-1"}])
+def test_a_stray_variable_starts_no_processes(monkeypatch, stray):
+    """Kubernetes sets MASTER_PORT for a service called master."""
+    for name, value in stray.items():
+        monkeypatch.setenv(name, value)
+    check_processes(8)
+
+
 @pytest.mark.parametrize(("environment", "says"), [pytest.param(*row, id=name) for name, *row in PROCESSES])
 def test_many_processes(refuse, script, prepared, monkeypatch, environment, says):
     """Several processes are refused; row F81: the first of them speaks, the others end with the same code."""
@@ -1182,15 +1198,17 @@ PROMPTS = [
 
 
 MEASURING = [
-    ("guard", ["--max-copy", 8], "--max-copy needs the training text; give --data-dir"),
+    ("guard", ["--max-copy", 8], "--max-copy needs the text that the model was trained on; give its"),
     ("control-missing", ["--control-path", "control.txt"], "control.txt: no such file"),
     ("control-folder", ["--control-path", "model"], "model: is a directory, expected a text file"),
+    ("control-latin", ["--control-path", "latin"], ("at offset 3 (line 1); convert it",)),
 ]
 
 
 @pytest.mark.parametrize(("flags", "says"), [pytest.param(*row, id=name) for name, *row in MEASURING])
-def test_texts_to_measure_with(refuse, pair, flags, says):
+def test_texts_to_measure_with(refuse, here, pair, flags, says):
     """What a flag names must be there; nothing is written without it."""
+    (here / "latin").write_bytes("café\n".encode("latin-1"))
     refuse("generate_text", *GOOD_SAMPLE, *flags, says=says)
 
 

@@ -110,6 +110,8 @@ def test_style_gain_and_forgetting_are_centred_on_their_values():
 
 
 def test_perplexity_and_bits_per_byte():
+    diverged = summarize_loss(loss_sum=600.0, n_targets=10, bytes_per_token=4.0)
+    assert diverged["eval/perplexity"] < 2**63  # read_state takes no larger number
     summary = summarize_loss(loss_sum=20.0, n_targets=10, bytes_per_token=4.0)
     assert summary["eval/loss"] == 2.0
     assert summary["eval/perplexity"] == pytest.approx(7.389056, abs=1e-6)

@@ -16,7 +16,7 @@ from utils.data.blocks import open_blocks
 from utils.data.tokenizer import END_OF_TEXT, load_tokenizer, start_ids, train_tokenizer
 from utils.errors import UserError
 from utils.model import layers
-from utils.model.loading import load_model
+from utils.model.loading import load_model, use_checkpointing
 from utils.training import optim
 
 CPU = torch.device("cpu")
@@ -120,6 +120,15 @@ def plain_twin(model, name):
     if name not in WITHOUT_EAGER:
         twin.set_attn_implementation("eager")
     return twin
+
+
+def test_activations_are_computed_twice_or_that_is_refused(family):
+    """CTRL's model raised a ValueError of transformers."""
+    opt = load_model(family("opt"), 0.0)
+    use_checkpointing(opt)
+    assert opt.is_gradient_checkpointing
+    with pytest.raises(UserError, match="--gradient-checkpointing: ctrl models cannot; try a smaller"):
+        use_checkpointing(load_model(family("ctrl"), 0.0))
 
 
 # What the functions do

@@ -131,6 +131,17 @@ def refuse_not_finite(model, optimizer=None) -> None:
         raise UserError(f"{name} has a value that is not a finite number", EXIT_DIVERGED)
 
 
+def use_checkpointing(model) -> None:
+    """Have a model compute its activations twice, instead of keeping them; UserError if its kind cannot."""
+    # The name of newer releases of transformers, where the other one warns.
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+    try:
+        enable({"use_reentrant": False})
+    except ValueError:
+        kind = model.config.model_type
+        raise UserError(f"--gradient-checkpointing: {kind} models cannot; try a smaller --micro-batch-size") from None
+
+
 def count_parameters(model, trained: bool = False) -> int:
     """Count parameters, tied ones once: all, or those that are trained."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad or not trained)

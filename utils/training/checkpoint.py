@@ -30,7 +30,7 @@ from utils.storage import (
     write_tensors,
 )
 from utils.training import parallel, sharding
-from utils.training.metrics import RESULT_NAMES
+from utils.training.metrics import RESULT_NAMES, RESULTS
 from utils.training.random_state import save_random_state
 
 FORMAT = 1
@@ -176,7 +176,7 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
 
 
 def find_checkpoint(output_dir: Path) -> Path | None:
-    """Return the newest undamaged checkpoint, None without any; UserError if all are damaged."""
+    """Return the newest undamaged checkpoint, None for a run that has not saved one; UserError if all are damaged."""
     reasons = []
     for folder in list_checkpoints(output_dir):
         reason = check_checkpoint(folder)
@@ -188,6 +188,9 @@ def find_checkpoint(output_dir: Path) -> Path | None:
     if reasons:
         listed = ", ".join(reasons)
         raise UserError(f"output-dir: {len(reasons)} checkpoints, none usable; --overwrite starts a new run: {listed}")
+    if (output_dir / RESULTS).is_file():  # written after a checkpoint
+        raise UserError(f"output-dir: the checkpoints of {output_dir} were removed, so that the run cannot go on; its "
+                        "model stays usable; --overwrite starts a new run")  # fmt: skip
     return None
 
 

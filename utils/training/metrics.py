@@ -16,7 +16,7 @@ from utils.model.loading import count_parameters
 from utils.storage import replacing, sync, write_json, write_text
 from utils.training import parallel
 
-METRICS = "metrics.jsonl"
+METRICS, RESULTS = "metrics.jsonl", "all_results.json"
 RESULT_NAMES = {"eval/loss": "eval_loss", "eval/perplexity": "perplexity", "eval/bits_per_byte": "bits_per_byte",
                 "eval/copy_rate": "copy_rate"}  # fmt: skip
 
@@ -97,7 +97,7 @@ def write_results(folder: Path, state, max_steps: int) -> dict:
     results |= {"best_step": state.best_step, "step": state.step, "max_steps": max_steps,
                 "train_runtime": round(state.seconds, 1), "train_tokens": state.tokens,
                 "train_tokens_per_second": round(state.tokens / max(state.seconds, 1e-9), 1)}  # fmt: skip
-    write_json(folder / "all_results.json", results)
+    write_json(folder / RESULTS, results)
     return results
 
 
