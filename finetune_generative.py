@@ -127,7 +127,7 @@ def find_base(args, data):
     base = args.model_name or data.manifest["model_name"]
     if base is None:
         raise UserError("the data has a tokenizer of its own and no model; give --from-scratch CONFIG.json")
-    is_new = args.overwrite or not checkpoints.list_checkpoints(args.output_dir)
+    is_new = args.overwrite or not checkpoints.has_results(args.output_dir)
     return base, (locate_model if is_new else find_local)(base) if parallel.is_main() else None
 
 
@@ -138,7 +138,7 @@ def find_run(args, settings):
         if not args.overwrite and (args.output_dir / "run_config.json").is_file():
             checkpoints.refuse_other_settings(args.output_dir / "run_config.json", settings)
             found = checkpoints.find_checkpoint(args.output_dir)
-            saved = vars(checkpoints.read_state(found)) if found else {}
+            saved = vars(checkpoints.read_state(found)) if found else checkpoints.read_end(args.output_dir)
         if not args.dry_run:
             sweep(args.output_dir)
     found, saved = parallel.from_main([found and str(found), saved])
@@ -361,7 +361,7 @@ def main(args):
         settings = collect_settings(vars(args), data.sha256, base, folder)
         checkpoint, state = find_run(args, settings)
         if state.finished:
-            if not args.dry_run and parallel.is_main():
+            if checkpoint and not args.dry_run and parallel.is_main():
                 checkpoints.remove_older(checkpoint, args.keep_checkpoints)
                 write_results(args.output_dir, state, max_steps)
             print(f"already complete at step {state.step}: {args.output_dir}; --overwrite starts a new run")

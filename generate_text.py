@@ -104,7 +104,7 @@ from utils.evaluation.ngrams import NgramIndex
 from utils.evaluation.reader import read_texts
 from utils.evaluation.render import describe_terms, has_measures, render_terminal, write_report
 from utils.evaluation.report import Report
-from utils.evaluation.unseen import check_unseen
+from utils.evaluation.unseen import check_unseen, is_known_training_text
 from utils.evaluation.verdict import judge
 from utils.model.hub import hash_model, locate_model, position_limit
 from utils.model.layers import use_fast_layers
@@ -182,9 +182,9 @@ def open_texts(args, tokenizer, data_dir, recorded):
     return data, control, bool(is_other_book), missing
 
 
-def build_guard(max_copy, data, is_other_book, tokenizer):
+def build_guard(max_copy, data, tokenizer):
     """Return the guard that --max-copy asks for, or None."""
-    if max_copy and (not data or is_other_book):
+    if max_copy and not data:
         raise UserError("--max-copy needs the text that the model was trained on; give its --data-dir")
     return CopyGuard(NgramIndex(data.ids("train"), max_copy), tokenizer.eos_token_id) if max_copy else None
 
@@ -227,14 +227,15 @@ def write_live(args, folders, data_dir, recorded):
     device = pick_device(args.device)
     models, tokenizer = load_models(folders, args.top_k)
     data = open_data(data_dir, tokenizer) if data_dir and (args.max_copy or args.interactive) else None
-    is_other_book = data and check_unseen(args.finetuned_model, recorded, data)
+    if data and not is_known_training_text(args.finetuned_model, recorded, data):
+        data = None
     for model in models.values():
         use_fast_layers(model.to(device), device)
     limit = min(position_limit(model.config.to_dict()) or sys.maxsize for model in models.values())
     options = {
         "decoding": collect_decoding(args),
         "autocast": functools.partial(autocast, device, pick_dtype(args.dtype, device)),
-        "guard": build_guard(args.max_copy, data, is_other_book, tokenizer),
+        "guard": build_guard(args.max_copy, data, tokenizer),
         "stop": StopTexts(tokenizer, args.stop) if args.stop else None,
         "start": start_ids(tokenizer),
     }
@@ -247,7 +248,7 @@ def write_live(args, folders, data_dir, recorded):
         return generate_ids(models[name], tokenizer.eos_token_id, [ids], [seed], watch=watch, **options)
 
     if args.interactive:
-        index = NgramIndex(data.ids("train"), compare.SHOWN_NGRAM) if data and not is_other_book else None
+        index = NgramIndex(data.ids("train"), compare.SHOWN_NGRAM) if data else None
         return converse(list(models), encode, generate, tokenizer, index, args.seed)
     stopping, write = StopSignal(), functools.partial(generate, "finetuned", encode(args.prompt[0]), args.seed)
     print(write_text_file(
@@ -352,7 +353,7 @@ def main(args):
         dtype = pick_dtype(args.dtype, device)
         models, tokenizer = load_models(folders, args.top_k)
         data, control, is_other_book, missing = open_texts(args, tokenizer, data_dir, recorded)
-        guard = build_guard(args.max_copy, data, is_other_book, tokenizer)
+        guard = build_guard(args.max_copy, None if is_other_book else data, tokenizer)
         limit = min(position_limit(model.config.to_dict()) or sys.maxsize for model in models.values())
         prompts = collect_prompts(args, data, tokenizer, limit)
         for model in models.values():

@@ -67,7 +67,7 @@ def is_met(value: float, wanted: str) -> bool:
     if wanted.startswith(">"):
         return value >= bounds[0]
     if wanted.startswith("<"):
-        return value <= bounds[0]
+        return value < bounds[0] or ("=" in wanted and value == bounds[0])
     return not bounds or bounds[0] <= value <= bounds[1]
 
 

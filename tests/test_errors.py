@@ -10,6 +10,7 @@ import torch
 
 from utils.cli import run
 from utils.errors import EXIT_MACHINE, UserError, explain_failures
+from utils.storage import building
 
 ROOT = Path(__file__).parent.parent
 CAUGHT = "Caught ValueError in DataLoader worker process 0.\nOriginal Traceback (most recent call last): ..."
@@ -51,14 +52,20 @@ def test_too_little_memory_is_a_failure_of_the_machine(capsys, monkeypatch, erro
     assert capsys.readouterr().err == "error: out of memory\n"
 
 
-def test_a_full_gpu_is_named_with_what_to_try(capsys, monkeypatch):
+def test_a_full_gpu_is_named(capsys, monkeypatch):
     def main():
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
 
     monkeypatch.setattr("utils.cli.catch_signals", lambda _: None)
     with pytest.raises(SystemExit, match=str(EXIT_MACHINE)):
         run(main)
-    assert capsys.readouterr().err == "error: out of memory of the GPU; try a smaller --batch-size\n"
+    assert capsys.readouterr().err == "error: out of memory of the GPU\n"
+
+
+def test_too_little_memory_while_saving_is_no_full_disk(tmp_path):
+    says, saving = r"out of GPU memory \(8 blocks per forward pass\)", building(tmp_path, 1000, "a checkpoint")
+    with pytest.raises(UserError, match=says), explained(), saving:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
 
 
 def test_a_refusal_inside_a_training_keeps_its_words():

@@ -290,18 +290,21 @@ def test_finished_run_is_left_alone(finetune, script, prepared, tmp_path):
     assert before == {path: path.stat().st_mtime_ns for path in before}
 
 
-def test_a_run_without_its_checkpoints_is_not_begun_again(finetune, script, prepared, tmp_path):
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_run_without_its_checkpoints_is_not_begun_again(finetune, straight_and_stopped, script, prepared, finished):
     """README calls them of use only to resume; the model, the report and all else would have been replaced."""
-    out = finetune("run", *QUICK)
+    out = straight_and_stopped[0 if finished else 1]
     for checkpoint in out.glob("checkpoint-*"):
         shutil.rmtree(checkpoint)
     (out / "mine.txt").write_text("a note")
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
-    ran = script("finetune_generative", "--data-dir", prepared, "--output-dir", out, *QUICK)
-    assert ran.code == 2
-    assert "were removed, so that the run cannot go on; its model stays usable; --overwrite" in ran.err
+    ran = script("finetune_generative", "--data-dir", prepared, "--output-dir", out, *QUICK, *DROPOUT)
+    if finished:
+        assert (ran.code, "already complete at step 6" in ran.out) == (0, True)
+    else:
+        assert (ran.code, "were removed, so that the run cannot go on; --overwrite" in ran.err) == (2, True)
     assert before == {path: path.stat().st_mtime_ns for path in before}
-    assert finetune("run", *QUICK, "--overwrite") == out
+    assert finetune(out.name, *QUICK, *DROPOUT, "--overwrite") == out
 
 
 def test_the_base_of_a_run_without_a_checkpoint_is_looked_for(finetune, tiny_model, monkeypatch):

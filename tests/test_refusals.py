@@ -1036,6 +1036,7 @@ PROCESSES = [
     ("F66-F78-F80", {"WORLD_SIZE": "4", "RANK": "0"}, "RANK is set, LOCAL_RANK is not set; start"),
     ("WORLD_SIZE", {"WORLD_SIZE": "2"}, "WORLD_SIZE is set, RANK is not set; start several processes with torchrun"),
     ("F79", {"RANK": "0"}, ("RANK is set, LOCAL_RANK is not set; start several processes with torchrun",)),
+    ("LOCAL_WORLD_SIZE", {"LOCAL_WORLD_SIZE": "x"}, "LOCAL_WORLD_SIZE is 'x', expected a number"),
     ("F79-port", TORCHRUN | {"MASTER_PORT": "x"}, "MASTER_PORT is 'x', expected a number; start several"),
     ("F15", TORCHRUN | {"WORLD_SIZE": "16"}, "is less than the 16 processes; use a larger one, or fewer"),
 ]

@@ -10,7 +10,6 @@ import os
 import re
 import signal
 import sys
-import unicodedata
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -135,22 +134,13 @@ def check_processes(batch_size: int) -> None:
         value = os.environ.get(name, "0")
         if given and name not in os.environ:
             raise UserError(f"{given} is set, {name} is not set; start several processes with torchrun")
-        if given and name != "MASTER_ADDR" and not value.isdecimal():
+        if (given or name == "LOCAL_WORLD_SIZE") and name != "MASTER_ADDR" and not value.isdecimal():
             raise UserError(f"{name} is {value!r}, expected a number; start several processes with torchrun")
     n_processes = int(os.environ.get("WORLD_SIZE", "1"))
     if batch_size < n_processes:
         raise UserError(
             f"--batch-size {batch_size} is less than the {n_processes} processes; use a larger one, or fewer"
         )
-
-
-def make_printable(text: str) -> str:
-    """Replace control characters, which could command a terminal; the spaces and joiners of other scripts stay."""
-
-    def is_shown(c: str) -> bool:
-        return c.isprintable() or c in "\n\u200b\u200c\u200d" or unicodedata.category(c) == "Zs"
-
-    return "".join(c if is_shown(c) else "\ufffd" for c in text)
 
 
 def print_table(title: str, rows: Iterable[tuple[str, Any]]) -> None:
@@ -233,8 +223,7 @@ def _explain(error: Exception, may_speak: Callable[[], bool]) -> int:
     if not reason and not (name and isinstance(error, OSError) and error.errno):
         raise error
     if reason == OUT_OF_MEMORY:
-        advice = " of the GPU; try a smaller --batch-size" * (type(error).__name__ == GPU_FULL)
-        return _report(reason + advice, EXIT_MACHINE, may_speak)
+        return _report(reason + " of the GPU" * (type(error).__name__ == GPU_FULL), EXIT_MACHINE, may_speak)
     where = f"{name[:60]}..." if len(name) > 120 else name or "cannot write output"
     said = f"{where}: {reason or os.strerror(error.errno).lower()}"
     code = _report(said, EXIT_MACHINE if reason else EXIT_INPUT, may_speak)

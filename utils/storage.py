@@ -18,7 +18,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from utils.errors import EXIT_MACHINE, UserError, machine_reason
+from utils.errors import EXIT_MACHINE, OUT_OF_MEMORY, UserError, machine_reason
 
 MANIFEST = "manifest.json"
 # What is being built, and what is being removed. A killed run leaves them behind; the next run removes them.
@@ -172,7 +172,7 @@ def building(folder: Path, size: int, what: str) -> Iterator[Path]:
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
         reason = machine_reason(error)
-        if reason is None:
+        if reason in (None, OUT_OF_MEMORY):
             raise
         raise _disk_error(folder, reason, size, what) from error
 

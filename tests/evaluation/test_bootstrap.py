@@ -50,13 +50,25 @@ def share_held(estimates, truth):
 
 
 def test_groups_are_drawn_whole():
-    drawn, n_groups = resample_groups([7, 7, 2, 7, 2, 9], seed=1)
-    assert n_groups == 3
+    drawn, *counts = resample_groups([7, 7, 2, 7, 2, 9], seed=1)
+    assert counts == [3, 3]
     assert (drawn[:, [1, 3, 4]] == drawn[:, [0, 0, 2]]).all()
     assert (drawn[:, 2] != drawn[:, 5]).any()
     assert (drawn[:, [0, 2, 5]].sum(axis=1) == 3).all()
-    assert (resample_groups([7, 7, 2, 7, 2, 9], 1, size=2)[0][:, [0, 2, 5]].sum(axis=1) == 1).all()
+    drawn, *counts = resample_groups([7, 7, 2, 7, 2, 9], 1, size=2)
+    assert (drawn[:, [0, 2, 5]].sum(axis=1) == 1).all()
+    assert counts == [1, 3]
     assert (resample_groups(range(10), 1, 4)[0] == resample(10, 1, 4)).all()
+
+
+def test_copies_in_a_group_change_no_interval():
+    """Twelve groups of 32 equal texts say as much as twelve texts, also where less than a group is compared."""
+    profile, words = build_word_profile(write(10_000, "book", 1)), split_all(cut(write(600, "other", 3), 50))
+    copies, groups = [text for text in words for _ in range(32)], [number // 32 for number in range(12 * 32)]
+    for n_words, n_words_of_copies in ((50, 600), (150, 4800), (10**6, 10**6)):
+        found = measure_delta(words, profile, n_words, 0)["delta"].interval()
+        other = measure_delta(copies, profile, n_words_of_copies, 0, groups)["delta"].interval()
+        assert other["high"] - other["low"] == pytest.approx(found["high"] - found["low"])
 
 
 @pytest.mark.parametrize(("n_texts", "group_size"), [(12, 1), (40, 1), (120, 10)])

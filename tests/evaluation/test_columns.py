@@ -55,8 +55,10 @@ def test_rows_of_two_models_are_refused(tmp_path):
     """The samples.jsonl of another run: base and fine-tuned model became one column."""
     path = tmp_path / "samples.jsonl"
     path.write_text("".join(json.dumps({"text": "a", "model": model}) + "\n" for model in ("base", "finetuned")))
-    with pytest.raises(UserError, match=r"texts of 2 models \(base, finetuned\); keep those of one"):
+    with pytest.raises(UserError, match=r"texts of 2 models \('base', 'finetuned'\); keep those of one"):
         read_judged(path)
+    path.write_text('{"text": "a", "model": "\\u001b[2J"}\n{"text": "b"}\n')
+    assert len(read_judged(path)) == 2
 
 
 @pytest.mark.parametrize("line", ["{", '{"txt": "a"}', '"a"', '{"text": 3}', "null", r'{"text": "\ud83d"}'])

@@ -222,15 +222,17 @@ def test_strings_end_texts_of_any_alphabet(pair, text):
 
 
 def test_strings_end_texts_of_a_tokenizer_that_puts_a_space_before_what_it_encodes():
-    """'counted the stars' before 'ars' became 'counted the s t'."""
-    text = "Hal counted the stars over the mill."
-    tokenizer = make_sentencepiece_tokenizer(make_book() + text)
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    for start in range(4, len(text)):
-        for end in range(start + 1, min(start + 4, len(text)) + 1):
-            stop = StopTexts(tokenizer, [text[start:end]])
-            cut = next(cut for n in range(1, len(ids) + 1) if (cut := stop.cut(ids[:n], 0)) is not None)
-            assert tokenizer.decode(cut) == text[: text.index(text[start:end])]
+    """'counted the stars' before 'ars' became 'counted the s t'; of a word cut in its middle, some may be lost."""
+    chinese, long_word = "我们昨天在山上看见了一只很大的鸟，它飞走了。", "Supercalifragilisticexpialidocious"
+    for text, most_lost in (("Hal counted the stars over the mill.", 0), (chinese, 3), (long_word, 12)):
+        tokenizer = make_sentencepiece_tokenizer(make_book() + text * 9)
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        for start in range(4, len(text)):
+            for end in range(start + 1, min(start + 4, len(text)) + 1):
+                stop, before = StopTexts(tokenizer, [text[start:end]]), text[: text.index(text[start:end])]
+                cut = next(cut for n in range(1, len(ids) + 1) if (cut := stop.cut(ids[:n], 0)) is not None)
+                assert before.startswith(tokenizer.decode(cut))
+                assert len(before) - len(tokenizer.decode(cut)) <= most_lost
 
 
 @pytest.mark.parametrize("prompt", ["The old house", "", "Ada"])

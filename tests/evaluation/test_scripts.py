@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 from languages import LANGUAGES, UNSPACED, make_text
 
-from utils.cli import make_printable
 from utils.data.blocks import decode_cuts, open_blocks
-from utils.data.text import count_words, find_cuts
+from utils.data.text import count_words, find_cuts, make_printable
 from utils.data.tokenizer import load_tokenizer, train_tokenizer
 from utils.evaluation.columns import build_column
 from utils.evaluation.compare import CUT_WORD
@@ -231,7 +230,7 @@ def test_snippets_of_the_quiz_lose_cut_words_only(text, kept):
 
 
 def test_spaces_and_joiners_of_other_scripts_can_be_printed():
-    text = "　段　落 क्\u200dया می\u200cروم ไทย\u200bไทย a\u00a0b"
+    text = "\t　段　落 क्\u200dया می\u200cروم ไทย\u200bไทย a\u00a0b"
     assert make_printable(text) == text
     assert make_printable("\x1b[31m\u202e\x85\x1c") == "\ufffd[31m\ufffd\ufffd\ufffd"
 

@@ -9,7 +9,13 @@ from conftest import MEASURED_FLAGS, copy_run, make_book
 
 from utils.data.blocks import open_blocks
 from utils.errors import UserError
-from utils.evaluation.unseen import TRAINING_NGRAMS, check_unseen, count_seen_ngrams, save_training_ngrams
+from utils.evaluation.unseen import (
+    TRAINING_NGRAMS,
+    check_unseen,
+    count_seen_ngrams,
+    is_known_training_text,
+    save_training_ngrams,
+)
 from utils.storage import read_json
 
 QUICK = ["--num-validation-prompts", 2, "--max-new-tokens", 8, "--no-measure"]
@@ -78,6 +84,17 @@ def test_the_same_file_cleaned_is_another_split(large, tiny_model, script, tmp_p
     ran = script("generate_text", "--finetuned-model", "trained", "--data-dir", "clean", *QUICK)
     assert ran.code == 2
     assert "is another split than the model's" in ran.err
+    assert "--val-split 0.1 and without --clean, or train again" in ran.err
+
+
+def test_a_run_from_before_the_flag_clean_is_compared_too(large, tiny_model, script, tmp_path):
+    prepare(script, large, tiny_model, tmp_path / "blocks", "--seed", 7)
+    config = read_json(large / "model/run_config.json")
+    del config["data"]["settings"]["clean"]
+    with pytest.raises(UserError, match="another split"):
+        check_unseen(large / "model", config, open_blocks(tmp_path / "blocks"))
+    assert not is_known_training_text(large / "model", config, open_blocks(tmp_path / "blocks"))
+    assert is_known_training_text(large / "model", config, open_blocks(large / "blocks"))
 
 
 def test_another_book_without_validation_text_is_not_the_models_own(large, tiny_model, script, tmp_path):

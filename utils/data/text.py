@@ -12,6 +12,7 @@ import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from unicodedata import category
 
 import regex
 
@@ -31,6 +32,7 @@ SIGNATURES = [
 # Scripts without spaces between words: each letter with its marks counts as a word.
 SCRIPTS = ("Han", "Hiragana", "Katakana", "Thai", "Lao", "Khmer", "Myanmar")
 UNSPACED = "[" + "".join(rf"\p{{Script={name}}}" for name in SCRIPTS) + r"\u30fc]"  # the long vowel of both kana
+SHOWN = "\t\n\u200b\u200c\u200d"  # besides what isprintable() knows
 MARKS = r"[\p{M}\u200c\u200d]*"  # the joiners of Persian and Hindi stand within words
 # All of these letters and some others, found five times as fast.
 MAY_BE_UNSPACED = re.compile("[\u0e00-\u19ff\u2e80-\ufaff\uff00-\uffdf\U00010000-\U0010ffff]")
@@ -128,6 +130,11 @@ def load_text(
 def short_name(path: Path) -> str:
     """Return a path as an error names it."""
     return str(path) if len(str(path)) <= 120 else f"{str(path)[:60]}..."
+
+
+def make_printable(text: str) -> str:
+    """Replace control characters, which could command a terminal; the spaces and joiners of other scripts stay."""
+    return "".join(c if c.isprintable() or c in SHOWN or category(c) == "Zs" else "\ufffd" for c in text)
 
 
 def count_words(text: str) -> int:

@@ -33,14 +33,15 @@ def resample(count: int, seed: int, size: int | None = None, rounds: int = ROUND
     return np.random.default_rng(seed).multinomial(size or count, np.full(count, 1 / count), size=rounds)
 
 
-def resample_groups(groups: Sequence[int], seed: int, size: int | None = None) -> tuple[np.ndarray, int]:
-    """Draw whole groups of about `size` (default: all) items; return resample()'s counts of the items, and of groups.
+def resample_groups(groups: Sequence[int], seed: int, size: int | None = None) -> tuple[np.ndarray, int, int]:
+    """Draw whole groups, of about `size` (default: all) items; return how often each item was drawn, as resample does.
 
-    Items of one group resemble each other: drawn one by one, they would make an interval too narrow.
+    Items of one group resemble each other: drawn one by one, they would make an interval too narrow. The numbers
+    returned last are of the groups that were drawn, and of all.
     """
     names, numbers = np.unique(groups, return_inverse=True)
     n_drawn = max(1, round((size or len(groups)) * len(names) / len(groups)))
-    return resample(len(names), seed, n_drawn)[:, numbers], len(names)
+    return resample(len(names), seed, n_drawn)[:, numbers], n_drawn, len(names)
 
 
 def center(value: float, draws: np.ndarray, count: int) -> Estimate:

@@ -86,7 +86,7 @@ def read_judged(path: Path) -> list[tuple[str, object]]:
                 row["text"].encode()  # half of a surrogate pair is no text
                 prompt = row.get("prompt")
                 rows.append((row["text"].strip("\n"), prompt if isinstance(prompt, str) else number))
-                models.add(str(row.get("model")))
+                models |= {repr(row["model"])} if "model" in row else set()
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 raise UserError(f'{path}: line {number} is not a JSON object with a "text"') from None
     if len(models) > 1:

@@ -13,7 +13,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
-from utils.cli import make_printable
+from utils.data.text import make_printable
 from utils.data.tokenizer import encode_text, start_ids
 from utils.errors import UserError
 from utils.model.hub import position_limit
@@ -108,8 +108,8 @@ class StopTexts:
     def cut(self, ids: list[int], n_prompt: int) -> list[int] | None:
         """Return a text's ids up to the string that its last token completes, None if there is none.
 
-        Of a token that is cut, the part before the string is tokenized again, if that gives the same text: some
-        tokenizers put a space before what they encode. The n_prompt ids of the prompt stay.
+        Of a token that is cut, the part before the string is tokenized again. Where this would add a space, as some
+        tokenizers do at the start of what they encode, that part is lost. The n_prompt ids of the prompt stay.
         """
         n_kept = max(0, len(ids) - self.n_tokens)
         tail = ids[n_kept:]
@@ -120,7 +120,7 @@ class StopTexts:
         before = text[: min(position for position in found if position >= 0)]
         starts = [self.tokenizer.decode(tail[:n]) for n in range(len(tail) + 1)]
         fits = [n for n, start in enumerate(starts) if before.startswith(start) and n_kept + n >= n_prompt]
-        for n in reversed(fits):
+        for n in reversed([n for n in fits if n or not n_kept]):
             for rest in (before[len(starts[n]) :], before[len(starts[n]) :].removeprefix(" ")):
                 new = encode_text(self.tokenizer, [rest])
                 if self.tokenizer.decode(tail[:n] + new) == before:

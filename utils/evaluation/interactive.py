@@ -15,14 +15,15 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from utils.cli import make_printable
 from utils.data.blocks import decode_cuts
+from utils.data.text import make_printable
 from utils.errors import UserError
 from utils.evaluation.ngrams import NgramIndex
 from utils.evaluation.render import MIN_COLUMN
 from utils.evaluation.report import NAMES
 
 REFRESH_SECONDS = 0.15
+GROWING_TOKENS = 1000  # of a growing text, more than a screen shows; marking takes longer than in proportion
 COPIED = "bold underline"  # and in brackets, for a terminal without styles
 
 
@@ -143,7 +144,8 @@ def show_columns(texts: Writing, mark: Callable, console: Console, _prompt: str)
         tasks = [pool.submit(texts.write, name) for name in texts.new]
         try:
             while wait(tasks, REFRESH_SECONDS).not_done:
-                live.update(arrange({name: mark(ids) for name, ids in texts.new.items()}, console, True), refresh=True)
+                ends = {name: mark(ids[-GROWING_TOKENS:]) for name, ids in texts.new.items()}
+                live.update(arrange(ends, console, True), refresh=True)
         finally:
             texts.interrupt.is_stopped = True  # ends the other threads if one has failed
         for task in tasks:

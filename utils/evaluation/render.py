@@ -19,7 +19,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from utils.cli import make_printable
+from utils.data.text import make_printable
 from utils.errors import UserError
 from utils.evaluation.plots import draw_copying, draw_loss, draw_parts, render_svg
 from utils.evaluation.report import NAMES, Report, list_columns, list_quarters, list_scores

@@ -37,6 +37,14 @@ def count_seen_ngrams(folder: Path, segments: list[np.ndarray]) -> tuple[int, in
     return int(np.isin(ngrams, hashes).sum()), len(ngrams)
 
 
+def is_known_training_text(folder: Path, recorded: dict, data) -> bool:
+    """Return whether prepared data has the text that a model was trained on; also if the model does not say so."""
+    try:
+        return not check_unseen(folder, recorded, data)
+    except UserError:  # some of it is validation text there
+        return False
+
+
 def check_unseen(folder: Path, recorded: dict, data) -> bool | None:
     """Refuse validation text that a model was trained on; return whether it is of another book, None if not known.
 
@@ -47,7 +55,8 @@ def check_unseen(folder: Path, recorded: dict, data) -> bool | None:
     try:
         if recorded["settings"]["data_sha256"] == data.sha256:
             return False
-        split = {name: recorded["data"]["settings"][name] for name in SPLIT_SETTINGS}
+        settings = {"clean": None} | recorded["data"]["settings"]  # which older runs do not name
+        split = {name: settings[name] for name in SPLIT_SETTINGS}
     except (KeyError, TypeError):  # the config of another program
         return None
     if diff_settings(data.manifest["settings"], split) is None:
@@ -58,8 +67,8 @@ def check_unseen(folder: Path, recorded: dict, data) -> bool | None:
     is_other_book = n_seen_train < SAME_BOOK_SHARE * n_train
     if n_seen > (OTHER_BOOK_SHARE * n_ngrams if is_other_book else 0):
         kept = f"--val-path {' '.join(split['val_path'])}" if split["val_path"] else f"--val-split {split['val_split']}"
-        if split["clean"]:
-            kept += f" --clean {split['clean']}"
+        if split["clean"] != data.manifest["settings"].get("clean"):
+            kept += f" --clean {split['clean']}" if split["clean"] else " and without --clean"
         raise UserError(
             f"data: {data.folder} is another split than the model's: {n_seen:,} of {n_ngrams:,} {OVERLAP_TOKENS}-token "
             f"n-grams of its validation text were trained on; prepare it with --seed {split['seed']} {kept}, "

@@ -176,7 +176,7 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
 
 
 def find_checkpoint(output_dir: Path) -> Path | None:
-    """Return the newest undamaged checkpoint, None for a run that has not saved one; UserError if all are damaged."""
+    """Return the newest undamaged checkpoint, None without any; UserError if all are damaged."""
     reasons = []
     for folder in list_checkpoints(output_dir):
         reason = check_checkpoint(folder)
@@ -188,10 +188,26 @@ def find_checkpoint(output_dir: Path) -> Path | None:
     if reasons:
         listed = ", ".join(reasons)
         raise UserError(f"output-dir: {len(reasons)} checkpoints, none usable; --overwrite starts a new run: {listed}")
-    if (output_dir / RESULTS).is_file():  # written after a checkpoint
-        raise UserError(f"output-dir: the checkpoints of {output_dir} were removed, so that the run cannot go on; its "
-                        "model stays usable; --overwrite starts a new run")  # fmt: skip
     return None
+
+
+def has_results(output_dir: Path) -> bool:
+    """Say whether a run has saved something: a checkpoint, or the results that are written when it ends."""
+    return bool(list_checkpoints(output_dir)) or (output_dir / RESULTS).is_file()
+
+
+def read_end(output_dir: Path) -> dict:
+    """Return step and finished of a finished run whose checkpoints were removed, {} for a run that has saved none.
+
+    UserError for an unfinished one: nothing is left to resume from, and a new run would replace its model.
+    """
+    if not has_results(output_dir):
+        return {}
+    results = read_json(output_dir / RESULTS)
+    if results.get("finished") is not True:
+        raise UserError(f"output-dir: the checkpoints of {output_dir} were removed, so that the run cannot go on; "
+                        "--overwrite starts a new one")  # fmt: skip
+    return {"step": results["step"], "finished": True}
 
 
 def check_checkpoint(folder: Path) -> str | None:

@@ -94,7 +94,7 @@ def write_results(folder: Path, state, max_steps: int) -> dict:
     draw_loss_curve(folder, state.best_step)
     results = {f"base_{RESULT_NAMES[key]}": value for key, value in state.base_metrics.items()}
     results |= {RESULT_NAMES[key]: value for key, value in state.best_metrics.items()}
-    results |= {"best_step": state.best_step, "step": state.step, "max_steps": max_steps,
+    results |= {"best_step": state.best_step, "step": state.step, "max_steps": max_steps, "finished": state.finished,
                 "train_runtime": round(state.seconds, 1), "train_tokens": state.tokens,
                 "train_tokens_per_second": round(state.tokens / max(state.seconds, 1e-9), 1)}  # fmt: skip
     write_json(folder / RESULTS, results)
