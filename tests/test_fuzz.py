@@ -479,6 +479,8 @@ def test_models(workshop, tmp_path, amount, mine):  # noqa: F811
         [("generation_config.json", ("json", [1], "suppress_tokens", list(range(290))))],
         [("tokenizer_config.json", ("json", [0], "model_max_length", [[]]))],
         [("tokenizer_config.json", ("json", [0], "x", "\ud800"))],
+        [("tokenizer_config.json", ("json", [0], "chat_template", {"a": 1}))],
+        [("tokenizer.json", ("json", [59624, 103, 15222, 347, 15222], "set", "@wide"))],
     ]
     fuzz(amount(80, 20_000), mine, "models", damaged(files), work, check, tmp_path, known)
 

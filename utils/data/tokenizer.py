@@ -37,9 +37,16 @@ def load_tokenizer(folder: Path):
         # Without the False, the library asks at a terminal whether the folder's own code may run.
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         tokenizer("a word")  # some fields of its files are not read before
+        templates = tokenizer.chat_template
+        for template in templates.values() if isinstance(templates, dict) else [templates or ""]:
+            if not isinstance(template, str):
+                raise TypeError("its chat template is no text")  # and could not be saved with a model
     except ImportError as error:
         raise UserError(f"tokenizer: {folder} needs a package that is not installed: {error}") from None
-    except Exception as error:  # each kind fails in its own way, the Rust library with a bare Exception
+    except BaseException as error:
+        # Each kind fails in its own way, the Rust library with a bare Exception or with a panic, which is none.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         what = "/tokenizer.json is damaged" if type(error) is Exception else " is damaged, it cannot be loaded"
         raise UserError(f"tokenizer: {folder}{what}: {error}") from error
     if tokenizer.eos_token_id is None:
