@@ -112,7 +112,7 @@ from utils.model.loading import autocast, check_fit, load_pair, pick_device, pic
 from utils.output_dir import lock
 from utils.storage import hash_file, read_json, write_text
 from utils.training.checkpoint import list_checkpoints
-from utils.training.metrics import read_metrics
+from utils.training.metrics import RESULTS, read_metrics
 
 
 def find_models(args):
@@ -322,7 +322,7 @@ def measure(args, models, tokenizer, data, control, limit, samples, judged, reco
     quiz = compare.make_quiz(samples, data, tokenizer, args.seed)
     if not quiz:
         reasons.append(f"the quiz: {compare.QUESTIONS} different texts as long as a sample are needed on both sides")
-    results = args.finetuned_model / "all_results.json"
+    results = args.finetuned_model / RESULTS
     best_step = read_json(results).get("best_step") if results.is_file() else None
     max_copy_rate = compare.find_copy_limit(recorded.get("settings") or {}, data, models["finetuned"], tokenizer)
     curves = compare.arrange_curves(read_metrics(args.finetuned_model), best_step, max_copy_rate)

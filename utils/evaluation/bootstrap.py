@@ -34,10 +34,11 @@ def resample(count: int, seed: int, size: int | None = None, rounds: int = ROUND
 
 
 def resample_groups(groups: Sequence[int], seed: int, size: int | None = None) -> tuple[np.ndarray, int, int]:
-    """Draw whole groups, of about `size` (default: all) items; return how often each item was drawn, as resample does.
+    """Draw whole groups, of about `size` (default: all) items: items of one group resemble each other, and drawn one
+    by one they would make an interval too narrow.
 
-    Items of one group resemble each other: drawn one by one, they would make an interval too narrow. The numbers
-    returned last are of the groups that were drawn, and of all.
+    Returns:
+        How often each item was drawn, (ROUNDS, n_items); the number of groups drawn per round; the number of groups.
     """
     names, numbers = np.unique(groups, return_inverse=True)
     n_drawn = max(1, round((size or len(groups)) * len(names) / len(groups)))

@@ -23,7 +23,7 @@ from utils.evaluation.render import MIN_COLUMN
 from utils.evaluation.report import NAMES
 
 REFRESH_SECONDS = 0.15
-GROWING_TOKENS = 1000  # of a growing text, more than a screen shows; marking takes longer than in proportion
+GROWING_TOKENS = 1000  # the marked end of a growing text: more than a screen shows; marking takes quadratic time
 COPIED = "bold underline"  # and in brackets, for a terminal without styles
 
 

@@ -127,7 +127,7 @@ def measure_delta(
     counts, lengths = count_words(texts, profile.words), np.array([len(text) for text in texts])
     size = min(len(texts), max(1, round(n_words / lengths.mean())))
     chosen = np.random.default_rng(seed).random((SELECTIONS, len(texts))).argsort(axis=1) < size
-    drawn, n_drawn, n_groups = resample_groups(range(len(texts)) if groups is None else groups, seed, size)
+    drawn, n_drawn, n_groups = resample_groups(groups or range(len(texts)), seed, size)
     rates, redrawn = ((rows @ counts) / np.maximum(rows @ lengths, 1)[:, None] for rows in (chosen, drawn))
     measures = {"delta": burrows_delta} | ({} if profile.origin is None else {"cosine_delta": cosine_delta})
     # Draws vary as one selection does, their mean over all texts varies less.
@@ -143,7 +143,7 @@ def measure_unknown(
 ) -> Estimate:
     """Measure the share of the words of texts that are not among the known ones; groups as in measure_delta."""
     counts = np.array([[sum(word not in known for word in text), len(text)] for text in texts])
-    drawn, _, n_groups = resample_groups(range(len(texts)) if groups is None else groups, seed)
+    drawn, _, n_groups = resample_groups(groups or range(len(texts)), seed)
     unknown, total = (drawn @ counts).T
     return center(counts[:, 0].sum() / counts[:, 1].sum(), unknown / np.maximum(total, 1), n_groups)
 
