@@ -64,12 +64,12 @@ class SeededSampling:
         return torch.full_like(scores, -torch.inf).scatter_(1, drawn, 0.0)
 
     def _draw(self, rows: list[int], weights: torch.Tensor) -> torch.Tensor:
-        """Draw a token of each row by its weight; float64 is NumPy's alone, because Apple's GPUs do not have it."""
-        drawn = []
-        for row, cumulative in zip(rows, np.cumsum(weights.cpu().numpy(), axis=-1, dtype=np.float64), strict=True):
-            point = torch.randint(2**53, (1,), generator=self.generators[row]).item() / 2**53 * cumulative[-1]
-            drawn.append(min(int(np.searchsorted(cumulative, point, side="right")), len(cumulative) - 1))
-        return torch.tensor(drawn, device=weights.device)[:, None]
+        """Draw a token of each row by its weight, (B, 1). Integers add up exactly, in any order, on any device."""
+        cumulative = (weights * 2.0**60).long().cumsum(-1)
+        numbers = [torch.randint(2**53, (1,), generator=self.generators[row]).item() for row in rows]
+        points = [number * total >> 53 for number, total in zip(numbers, cumulative[:, -1].tolist(), strict=True)]
+        drawn = torch.searchsorted(cumulative, torch.tensor(points, device=weights.device)[:, None], right=True)
+        return drawn.clamp_(max=weights.shape[-1] - 1)  # of a diverged model, whose weights are NaN
 
 
 def encode_prompt(tokenizer, prompt: str) -> list[int]:
