@@ -33,6 +33,12 @@ def pytest_addoption(parser):
     parser.addoption("--books", help="folder of .txt books to plant faults in, instead of the sample book")
 
 
+def pytest_configure(config):
+    """Hide GPUs from all tests but those marked gpu: most compare bits, and no process may fork after it used a GPU."""
+    if config.getoption("markexpr") != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 @pytest.fixture(scope="session")
 def amount(request):
     """Choose a count: amount(quick, full) -> the one that this session wants."""

@@ -11,6 +11,7 @@ import torch
 from forked import workshop  # noqa: F401
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from utils.evaluation.generation import Decoding, SeededSampling
 from utils.model import layers
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")]
@@ -93,3 +94,13 @@ def test_layers_on_a_gpu_compute_what_the_plain_model_does(compiled, vocab_size)
         assert losses[1].item() == pytest.approx(losses[0].item(), rel=1e-4)
         for expected, found in zip(plain.parameters(), fast.parameters(), strict=True):
             assert torch.allclose(found.grad, expected.grad, rtol=1e-2, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 50}, {"top_p": 0.9}])
+def test_a_gpu_draws_the_tokens_that_the_cpu_draws(options):
+    scores = torch.randn(64, 50_257, generator=torch.Generator().manual_seed(0)) * 4
+    drawn = []
+    for device in ("cpu", "cuda"):
+        sampling = SeededSampling(list(range(64)), Decoding(**options))
+        drawn.append([sampling(None, scores.to(device)).argmax(-1).tolist() for _ in range(4)])
+    assert drawn[0] == drawn[1]
