@@ -1,12 +1,14 @@
 """The faster layers compute what those they replace compute, and draw what they should."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
 from scorer import independent_loss
 from transformers import (
     AttentionInterface,
+    AttentionMaskInterface,
     AutoModelForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
@@ -14,10 +16,13 @@ from transformers import (
     MistralConfig,
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from utils.model import layers
+from utils.model.loading import load_pair
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).parent.parent.parent
 
 
 @pytest.fixture
@@ -50,6 +55,38 @@ def test_loss_in_bf16_keeps_its_sum_in_float32(pair):
         plain, fast = (model(input_ids=input_ids, labels=input_ids).loss for model in pair)
     assert fast.dtype == torch.float32
     assert fast.item() == pytest.approx(plain.item(), abs=1e-3)
+
+
+def attend_in_bf16(module, query, key, value, attention_mask, **options):
+    """The control: causal attention whose scores are rounded to bf16 before their softmax."""
+    scores = query @ key.transpose(2, 3) * query.shape[-1] ** -0.5
+    assert scores.dtype == torch.bfloat16
+    future = torch.full(scores.shape[-2:], -torch.inf, dtype=scores.dtype).triu(1)
+    return ((scores + future).softmax(-1) @ value).transpose(1, 2), None
+
+
+AttentionInterface.register("in_bf16", attend_in_bf16)
+AttentionMaskInterface.register("in_bf16", sdpa_mask)
+
+
+def test_gradients_in_bf16_are_as_near_to_float32_as_the_plain_models():
+    """With a trained model, whose attention scores are large."""
+    plain, tokenizer = load_pair(ROOT / "results/base_model")
+    text = (ROOT / "results/data/book.txt").read_text(encoding="utf-8")
+    input_ids = torch.tensor(tokenizer(text[:8000])["input_ids"][: 8 * 128]).view(8, 128)
+
+    def gradients(model, dtype):
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            model.train()(input_ids=input_ids, labels=input_ids, use_cache=False).loss.backward()
+        return torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+
+    fast, rounded = copy.deepcopy(plain), copy.deepcopy(plain)
+    exact = gradients(copy.deepcopy(plain), torch.float32)
+    layers.use_fast_layers(fast, CPU)
+    rounded.set_attn_implementation("in_bf16")
+    errors = [(gradients(each, torch.bfloat16) - exact).norm() / exact.norm() for each in (plain, fast, rounded)]
+    assert errors[1] < errors[0] < 0.2
+    assert errors[2] > 0.5
 
 
 def test_no_gradient_is_made_where_none_is_wanted(pair, monkeypatch):

@@ -89,6 +89,9 @@ def fast_dropout(values: torch.Tensor, rate: float) -> torch.Tensor:
 def fast_attention(module, query, key, value, attention_mask, dropout=0.0, **options):
     """Compute transformers' sdpa attention; on a CPU, PyTorch's is slow with dropout, and in training on short blocks.
 
+    It computes in float32. A trained model's scores are large: rounded to bf16, they put more noise than signal into
+    the gradient (tests/model/test_layers.py).
+
     Args:
         query, key: (B, H, T, D).
         value: (B, H, T, V).
@@ -103,11 +106,12 @@ def fast_attention(module, query, key, value, attention_mask, dropout=0.0, **opt
     if not (is_causal and is_plain and is_slow):
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, **options)
     n_tokens, width = query.shape[2:]
-    q, k, v = (part.reshape(-1, n_tokens, part.shape[-1]) for part in (query, key, value))
-    future = torch.full((n_tokens, n_tokens), -torch.inf, dtype=q.dtype).triu(1)
-    scores = torch.baddbmm(future, q, k.transpose(1, 2), alpha=options.get("scaling") or width**-0.5)
-    output = torch.bmm(fast_dropout(scores.softmax(-1), dropout), v)
-    return output.view(value.shape).transpose(1, 2).contiguous(), None
+    q, k, v = (part.reshape(-1, n_tokens, part.shape[-1]).float() for part in (query, key, value))
+    future = torch.full((n_tokens, n_tokens), -torch.inf).triu(1)
+    with torch.autocast("cpu", enabled=False):
+        scores = torch.baddbmm(future, q, k.transpose(1, 2), alpha=options.get("scaling") or width**-0.5)
+        output = torch.bmm(fast_dropout(scores.softmax(-1), dropout), v)
+    return output.to(query.dtype).view(value.shape).transpose(1, 2).contiguous(), None
 
 
 # A name of its own: under "sdpa" it would replace the attention of every model in the process.
