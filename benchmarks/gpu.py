@@ -229,8 +229,7 @@ def main() -> None:
         if not args.quick:  # what is measured is kept, whatever comes after
             RESULTS.write_text(json.dumps(results, indent=2) + "\n")
 
-    keep("generation_tokens_per_second", generate(args.quick))
-    keep("generation_decoding", dict.fromkeys(results["generation_tokens_per_second"], "top-p 0.9"))
+    keep("generation", {"device": name, "decoding": "top-p 0.9", "tokens_per_second": generate(args.quick)})
     if device.type == "cuda":
         keep("forecast", forecast(args.quick))
     for variant in VARIANTS:

@@ -90,7 +90,7 @@ def render() -> dict[str, str]:
                for name, result in results["benchmarks"].items()}  # fmt: skip
     for name, result in results["benchmarks"].items():
         figures[name] |= {target["what"]: target["value"] for target in result["targets"]}
-    figures["gpu_generation"] = gpu["generation_tokens_per_second"]
+    figures["gpu_generation"] = gpu["generation"]["tokens_per_second"]
     for name, variants in figures.items():
         shown |= {f"{name}.{name_marker(variant)}": describe(value) for variant, value in variants.items()}
     best = figures["levers"]["all means"]
@@ -109,7 +109,7 @@ def list_gpu() -> list[str]:
     if not (HERE / "gpu.json").is_file():
         return []
     gpu = json.loads((HERE / "gpu.json").read_text())
-    versions, sampled, said = gpu["machine"]["versions"], gpu["generation_tokens_per_second"], gpu["forecast"]
+    versions, sampling, said = gpu["machine"]["versions"], gpu["generation"], gpu["forecast"]
     peak = gpu["peak_flops"]
     known = f"MFU is the share of {peak / 1e12:.0f} TFLOPS, the data sheet's dense bf16 rate; a" if peak else "A"
     lines = ["", "## GPU, GPT-2 124M, 65,536 tokens per step, dropout 0.1", "",
@@ -121,8 +121,9 @@ def list_gpu() -> list[str]:
         for block_size, of in sizes.items():
             lines.append(f"| {variant} | {block_size} | {of['tokens_per_second']:,.0f} | {of['flops'] / 1e12:.0f} | "
                          f"{describe_share(of['mfu'])} | {of['peak_gb']:.1f} |")  # fmt: skip
-    lines += ["", *(f"- Generation, 64 samples of 128 tokens, {gpu['generation_decoding'][name]}, {name}: "
-                    f"{describe(value)} tokens/s" for name, value in sampled.items())]  # fmt: skip
+    speeds = ", ".join(f"{name} {describe(speed)}" for name, speed in sampling["tokens_per_second"].items())
+    lines += ["", f"- Generation, 64 samples of 128 tokens, {sampling['decoding']}, {sampling['device']}, tokens/s: "
+                  f"{speeds}"]  # fmt: skip
     lines.append(f"- Forecast of 100 steps from scratch, batch 64: {said['time_forecast']} and "
                  f"{said['memory_forecast_gb']:.2f} GB; measured: {said['time_measured_s']:.0f} s and "
                  f"{said['memory_measured_gb']:.2f} GB")  # fmt: skip
