@@ -51,7 +51,7 @@ ALLOWED = {
         "Question": "16 17",
         "AdamW and the learning-rate schedule": "1 0 6",  # a gain; percent of the steps
         "Which learning rate?": "8 3 3e-4 5e-5",  # settings
-        "LoRA": "2021 8 128 3 10 16 30 3e-3 64",  # a year; settings; advice
+        "LoRA": "2021 8 128 10 16 30 3e-3 64",  # a year; settings; advice
     },
     "03_training_loop.md": {
         "3. The training loop": "0",  # step 0
