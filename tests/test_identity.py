@@ -140,14 +140,14 @@ run(finetune_generative.main, finetune_generative.parse_args())
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("more", [("fp32",), ("bf16",), ("bf16", "--lora-rank", 4)])
-def test_resumed_equals_straight_on_a_gpu(workshop, tmp_path, more):  # noqa: F811
+@pytest.mark.parametrize("flags", [("--dtype", "fp32"), ("--dtype", "bf16"), ("--dtype", "bf16", "--lora-rank", 4)])
+def test_resumed_equals_straight_on_a_gpu(workshop, tmp_path, flags):  # noqa: F811
     if not torch.cuda.is_available():
         pytest.skip("no CUDA")
 
     def run_whole(out, stop, code):  # a process of its own: CUDA does not survive a fork
-        _, flags = workshop.finetune(out, "--device", "cuda", "--deterministic", "--dtype", *more)
-        command = [sys.executable, "-c", STOPPABLE, str(stop), *map(str, flags)]
+        _, arguments = workshop.finetune(out, "--device", "cuda", "--deterministic", *flags)
+        command = [sys.executable, "-c", STOPPABLE, str(stop), *map(str, arguments)]
         ended = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent, check=False)
         assert ended.returncode == code, ended.stderr
 
