@@ -3,6 +3,8 @@
 import json
 import shutil
 from dataclasses import asdict
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -240,6 +242,140 @@ def test_another_machine_is_noted_once(capsys):
     says = f"threads {torch.get_num_threads()}, was 77; torch {torch.__version__}, was 0.1"
     assert capsys.readouterr().err == f"warning: not bit-identical from here: {says}\n"
     assert state.machine["torch"] == torch.__version__
+
+
+def test_a_run_starts_from_nothing():
+    assert asdict(TrainState()) == {
+        "step": 0, "tokens": 0, "seconds": 0.0, "evaluated_step": -1, "best_step": 0, "base_metrics": {},
+        "best_metrics": {}, "evals_without_gain": 0, "finished": False, "machine": {},
+    }  # fmt: skip
+
+
+# Step, loss, copy rate; whether it is the best so far, evaluations since the best one.
+EVALUATIONS = [
+    *((0, 3.0, 0.0, False, 0), (2, 5.0, 0.3, True, 0), (4, 4.0, 0.1, True, 0), (6, 4.5, 0.1, False, 1)),
+    *((8, 3.5, 0.3, False, 2), (10, 4.0, 0.1, False, 3), (12, 3.9, 0.2, True, 0), (14, 3.8, 0.0, True, 0)),
+]
+
+
+def test_the_best_evaluation_copies_little_and_then_has_the_least_loss():
+    state, best = TrainState(), {}
+    for step, loss, copy_rate, is_best, without_gain in EVALUATIONS:
+        state.step, result = step, {"eval/loss": loss, "eval/copy_rate": copy_rate}
+        best = result if is_best else best
+        assert state.record_evaluation(result, 0.2) == is_best, step
+        assert (state.evaluated_step, state.evals_without_gain, state.best_metrics) == (step, without_gain, best)
+        assert state.best_step == (
+            step if is_best else max((s for s, *_, b, _ in EVALUATIONS if b and s < step), default=0)
+        )
+    assert state.base_metrics == {"eval/loss": 3.0, "eval/copy_rate": 0.0}
+
+
+def test_without_validation_every_step_is_the_best_and_without_samples_nothing_is_copied():
+    state = TrainState(step=3)
+    assert state.record_evaluation({}, 0.2)
+    assert state.record_evaluation({}, 0.2)
+    state = TrainState(step=3)
+    assert state.record_evaluation({"eval/loss": 2.0}, 0.0)
+    assert not state.record_evaluation({"eval/loss": 2.0}, 0.0)
+
+
+def test_a_validation_loss_that_is_not_finite_names_its_step():
+    with pytest.raises(UserError, match=r"^validation loss is not a finite number at step 4$") as raised:
+        TrainState(step=4).record_evaluation({"eval/loss": float("nan")}, 0.2)
+    assert raised.value.code == 4
+
+
+def test_what_is_left_of_a_run_without_checkpoints(tmp_path, parts):
+    assert checkpoint.has_results(tmp_path) is False
+    assert checkpoint.read_end(tmp_path) == {}
+    write_json(tmp_path / "all_results.json", {"step": 9, "finished": True, "eval_loss": 2.0})
+    assert checkpoint.has_results(tmp_path) is True
+    assert checkpoint.read_end(tmp_path) == {"step": 9, "finished": True}
+    write_json(tmp_path / "all_results.json", {"step": 9, "finished": False})
+    with pytest.raises(UserError) as raised:
+        checkpoint.read_end(tmp_path)
+    why = f"the checkpoints of {tmp_path} were removed, so that the run cannot go on; --overwrite starts a new one"
+    assert str(raised.value) == f"output-dir: {why}"
+    (tmp_path / "all_results.json").unlink()
+    save(tmp_path, parts, 1)
+    assert checkpoint.has_results(tmp_path) is True
+
+
+def test_a_state_of_another_step_and_lacking_files_are_named(tmp_path, parts):
+    folder = save(tmp_path, parts, 1)
+    shutil.copytree(folder, tmp_path / "checkpoint-2")
+    assert checkpoint.check_checkpoint(tmp_path / "checkpoint-2") == "trainer_state.json belongs to another step"
+    for name in ("rng_state.safetensors", "optimizer.safetensors"):
+        (folder / name).unlink()
+        reseal(folder)
+        assert checkpoint.check_checkpoint(folder) == f"{name} is missing"
+
+
+@pytest.mark.parametrize(("change", "fits"), [
+    ({"tokens": 2**63 - 1}, True), ({"tokens": 2**63}, False), ({"step": -(2**63)}, False),
+    ({"seconds": float("nan")}, False), ({"best_metrics": {"eval/loss": 1}}, True),
+    ({"best_metrics": {"eval/loss": "1"}}, False), ({"base_metrics": {"eval/loss": float("inf")}}, False),
+    ({"base_metrics": {"loss": 1.0}}, False), ({"best_metrics": {"loss": 1.0}}, False),
+    ({"machine": {"threads": 2}}, True),
+])  # fmt: skip
+def test_numbers_of_a_state_are_possible_ones(tmp_path, change, fits):
+    (tmp_path / checkpoint.STATE).write_text(json.dumps(asdict(TrainState()) | change))
+    if fits:
+        assert asdict(checkpoint.read_state(tmp_path)) == asdict(TrainState()) | change
+        return
+    with pytest.raises(UserError) as raised:
+        checkpoint.read_state(tmp_path)
+    fields = ", ".join(asdict(TrainState()))
+    assert str(raised.value) == f"{tmp_path / checkpoint.STATE} is damaged: its fields are not {fields}"
+
+
+def test_a_full_disk_names_what_it_is_too_small_for(tmp_path, parts, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=1000))
+    for call, size, what in ((lambda: save(tmp_path, parts, 1), checkpoint.checkpoint_bytes(parts[0]), "a checkpoint"),
+                             (lambda: checkpoint.save_best(tmp_path, *parts[:2], torch.float32),
+                              checkpoint.best_bytes(parts[0]), "the model")):  # fmt: skip
+        with pytest.raises(UserError) as raised:
+            call()
+        assert f"disk full, {what} needs {size / 1e6:,.1f} MB, 0.0 MB free" in str(raised.value)
+
+
+def test_the_best_model_is_replaced_in_a_folder_that_is_new_or_not(tmp_path, parts):
+    model, tokenizer, _ = parts
+    weights = sum(p.numel() for p in model.parameters()) * 4
+    for value in (1.0, 2.0):
+        model.transformer.ln_f.bias.data.fill_(value)
+        checkpoint.save_best(tmp_path / "run", model, tokenizer, torch.float32)
+        assert load_file(tmp_path / "run" / "model.safetensors")["transformer.ln_f.bias"].unique().tolist() == [value]
+    written = sum(path.stat().st_size for path in (tmp_path / "run").iterdir())
+    assert weights < written < checkpoint.best_bytes(model) == weights + 2_666_666
+    assert "lm_head.weight" not in load_file(tmp_path / "run" / "model.safetensors")
+
+
+def test_the_size_of_a_checkpoint_is_that_of_what_is_trained(parts):
+    model = parts[0]
+    model.requires_grad_(False)
+    model.transformer.ln_f.bias.requires_grad_(True)
+    assert checkpoint.checkpoint_bytes(model) == 3 * 4 * 32 + 8_000_000
+
+
+def test_saved_again_only_the_state_of_a_checkpoint_is_new(tmp_path, parts):
+    folder = save(tmp_path, parts, 3)
+    before = folder.stat().st_ino
+    save(tmp_path, parts, 3, finished=True)
+    assert folder.stat().st_ino == before
+    assert checkpoint.read_state(folder).finished is True
+    (folder / "model.safetensors").write_bytes(b"")
+    save(tmp_path, parts, 3)
+    assert folder.stat().st_ino != before
+    assert checkpoint.check_checkpoint(folder) is None
+
+
+def test_the_processor_is_named():
+    assert checkpoint.name_processor()
+    info = Path("/proc/cpuinfo")
+    if info.is_file() and "model name" in info.read_text():
+        assert f": {checkpoint.name_processor()}\n" in info.read_text()
 
 
 def test_a_copied_checkpoint_is_as_good(tmp_path, parts):
