@@ -178,8 +178,10 @@ def test_replaced_words_are_gone(parsers):
 
 
 def test_every_guard_that_mutants_removes_is_there_once():
-    for module, snippet, _ in GUARDS:
+    for module, snippet, _, test in GUARDS:
         assert (ROOT / module).read_text(encoding="utf-8").count(snippet) == 1, (module, snippet)
+        path, _, name = test.partition("::")
+        assert f"def {name}(" in (ROOT / "tests" / path).read_text(encoding="utf-8"), test
 
 
 def test_modules_keep_the_house_rules():

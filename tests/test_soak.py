@@ -13,6 +13,7 @@ from string import Formatter
 from types import SimpleNamespace
 
 import conftest
+import pytest
 import test_crash
 from counts import record_count
 
@@ -145,6 +146,29 @@ def test_the_soak_names_all_kinds_of_run():
     pieces = {group.name: group.pieces for group in GROUPS}
     assert pieces["file operations"] == [getattr(name, "values", [name])[0] for name in test_crash.CASES]
     assert set(pieces["power cuts"]) == set(test_crash.CUTS)
+
+
+CONTROL = """
+import sys
+from pathlib import Path
+import mutants
+mutants.QUICK.append(sys.argv[1])
+source = Path("utils/errors.py").read_text()
+found = mutants.run_all([("none", "utils/errors.py", source, sys.argv[1:]),
+                         ("broken", "utils/errors.py", source + "raise SystemExit", sys.argv[1:])])
+assert found == {"none": None, "broken": "test_it.py::test_it"}, found
+"""
+
+
+@pytest.mark.parametrize("can_pass", [True, False])
+def test_a_mutant_counts_only_where_the_test_passes_with_nothing_changed(tmp_path, can_pass):
+    """A test that failed with and without a change was once counted as having noticed 26 guards."""
+    path = tmp_path / "test_it.py"
+    path.write_text(f"def test_it():\n    import utils.errors\n    assert {can_pass}\n")
+    ran = subprocess.run([sys.executable, "-c", CONTROL, str(path)], cwd=ROOT, capture_output=True, text=True,
+                         env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"})  # fmt: skip
+    assert (ran.returncode == 0) == can_pass, ran.stderr
+    assert ("nothing changed, and yet: " in ran.stderr) != can_pass
 
 
 def test_every_figure_that_readme_shows_is_counted():

@@ -22,7 +22,7 @@ from rich.text import Text
 
 from utils.data.tokenizer import load_tokenizer
 from utils.evaluation.generation import encode_prompt
-from utils.evaluation.interactive import arrange, converse, mark_copied
+from utils.evaluation.interactive import arrange, converse, mark_copied, without_echo
 from utils.evaluation.ngrams import NgramIndex, mark_overlap
 
 ROOT = Path(__file__).parents[2]
@@ -119,6 +119,16 @@ def test_prompts_from_a_pipe(tokenizer, monkeypatch, capsys):
     out = capsys.readouterr().out
     assert "prompt: Ada went\n[base model]\n wrote base\n[fine-tuned model]\n wrote finetuned\n" in out
     assert "not marked: the data that the model was trained on is not here" in out
+
+
+def test_what_is_typed_is_not_shown_while_a_text_is_written(monkeypatch):
+    _, terminal = pty.openpty()
+    with open(terminal) as stdin:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        before = termios.tcgetattr(stdin)
+        with without_echo():
+            assert before[3] & ~termios.tcgetattr(stdin)[3] == termios.ECHO
+        assert termios.tcgetattr(stdin) == before
 
 
 class Terminal:
