@@ -245,8 +245,8 @@ def test_any_other_failure_is_left_as_it_is(tmp_path):
 def test_what_will_not_fit_is_not_begun(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(0, 0, 1_000_000))
     files.require_space(tmp_path, 1_000_000, "a thing")
-    says = f"output-dir: {tmp_path}: disk full, a thing needs 1,500.0 MB, 1.0 MB free"
-    with pytest.raises(UserError) as raised, files.publish_folder(tmp_path / "out", {}, 1_500_000_000, "a thing"):
+    says = f"output-dir: {tmp_path}: disk full, a thing needs 1,500,000.0 MB, 1.0 MB free"
+    with pytest.raises(UserError) as raised, files.publish_folder(tmp_path / "out", {}, 1_500_000_000_000, "a thing"):
         raise AssertionError("begun")
     assert (str(raised.value), raised.value.code) == (says, 3)
     assert os.listdir(tmp_path) == []
@@ -423,6 +423,21 @@ def test_a_manifest_vouches_for_itself(published, change):
     files.write_json(published / MANIFEST, changed)
     assert files.read_sealed(published) == changed
     assert files.verify_folder(published) is None
+
+
+def test_the_checksum_of_a_manifest_does_not_depend_on_the_order_of_its_keys(tmp_path):
+    files.write_sealed(tmp_path, {"format": 1, "files": {}})
+    first = files.read_json(tmp_path / MANIFEST)["sha256"]
+    files.write_sealed(tmp_path, {"files": {}, "format": 1})
+    assert files.read_json(tmp_path / MANIFEST)["sha256"] == first
+
+
+def test_a_damaged_tensor_file_is_named_with_its_reason(tmp_path):
+    (tmp_path / "a.safetensors").write_bytes(b"12345678{")
+    with pytest.raises(UserError) as raised:
+        files.open_tensors(tmp_path / "a.safetensors")
+    assert str(raised.value).startswith(f"{tmp_path / 'a.safetensors'} is damaged: ")
+    assert str(raised.value).removesuffix(str(raised.value.__context__)).endswith("is damaged: ")
 
 
 def test_hash_of_several_files_does_not_depend_on_names_or_order(tmp_path):
