@@ -121,7 +121,7 @@ def test_a_newer_format_is_refused_and_not_passed_over(tmp_path, parts, capsys):
     for made in ("1", None):  # no newer one: damaged
         write_sealed(newest, read_sealed(newest) | {"format": made})
         assert checkpoint.find_checkpoint(tmp_path).name == "checkpoint-1"
-        assert "manifest.json is damaged: no format" in capsys.readouterr().err
+        assert "(manifest.json is damaged: no format); " in capsys.readouterr().err
 
 
 STATES = [{"step": None}, {"step": "3"}, {"step": 3.0}, {"more": 1}, {"finished": 1}, {"machine": []}]
