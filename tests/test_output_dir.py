@@ -6,6 +6,7 @@ import signal
 import socket
 import time
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 
@@ -44,6 +45,31 @@ def test_the_second_is_told_who_is_first(tmp_path, holder):
     assert raised.value.code == 2
     with lock(tmp_path / "out", "samples"):
         assert sorted(os.listdir(tmp_path / "out")) == [".samples.lock", ".train.lock"]
+
+
+@pytest.mark.parametrize(("written", "named"), [(b"", "another process"), (b"process 7 \xff", "process 7 \ufffd")])
+def test_a_holder_is_waited_for_a_moment_and_may_be_unreadable(tmp_path, holder, monkeypatch, written, named):
+    path, before, waited = tmp_path / "out" / ".train.lock", len(os.listdir("/proc/self/fd")), []
+
+    def sleep(seconds):
+        waited.append(seconds)
+        with open(path, "r+b") as file:
+            file.truncate(0)
+            file.write(written)
+
+    monkeypatch.setattr(utils.output_dir.time, "sleep", sleep)
+    with pytest.raises(UserError) as raised, lock(tmp_path / "out", "train"):
+        raise AssertionError("both hold it")
+    assert str(raised.value) == f"output-dir: {tmp_path / 'out'} is in use by {named}"
+    assert waited == [0.2]
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_folder_that_another_process_has_just_made_is_taken(tmp_path, monkeypatch):
+    real = Path.exists
+    monkeypatch.setattr(Path, "exists", lambda path: path != tmp_path and real(path))
+    with lock(tmp_path, "train"):
+        assert os.listdir(tmp_path) == [".train.lock"]
 
 
 def test_a_killed_holder_is_not_in_the_way_even_while_its_child_lives(tmp_path, holder):
@@ -128,6 +154,13 @@ def test_leftovers_and_locks_do_not_make_a_folder_foreign(tmp_path):
         check_output_dir(out, False, "x.py", False)
     check_output_dir(out, False, "x.py", True)
     check_output_dir(out, True, "x.py", False)
+
+
+@pytest.mark.parametrize("name", [".notes", "book.lock"])
+def test_a_hidden_file_and_a_lock_of_others_make_a_folder_foreign(tmp_path, name):
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(UserError, match="is not empty and not made by"):
+        check_output_dir(tmp_path, False, "x.py", False)
 
 
 @pytest.fixture
