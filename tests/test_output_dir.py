@@ -159,8 +159,10 @@ def test_leftovers_and_locks_do_not_make_a_folder_foreign(tmp_path):
 @pytest.mark.parametrize("name", [".notes", "book.lock"])
 def test_a_hidden_file_and_a_lock_of_others_make_a_folder_foreign(tmp_path, name):
     (tmp_path / name).write_text("mine")
-    with pytest.raises(UserError, match="is not empty and not made by"):
+    with pytest.raises(UserError) as raised:
         check_output_dir(tmp_path, False, "x.py", False)
+    says = f"{tmp_path} is not empty and not made by x.py; use another or --overwrite"
+    assert str(raised.value) == f"output-dir: {says}"
 
 
 @pytest.fixture
