@@ -5,9 +5,9 @@
     python tests/mutants.py mutate      small changes in the modules of MUTATED, or in those named
 
 A last word such as 2/8 runs every eighth mutant from the second on. A mutant is a module's source, changed and
-given to a forked child in place of the file; the child runs the tests. Nothing on the disk is touched. The control is
-the same with nothing changed: where a test fails, that test proves nothing about a mutant, and the figures are not
-counted. Exit status 1: the control failed, no test failed for a guard, or fewer than 90 % were killed.
+given to a forked child in place of the file; the child runs the tests. Nothing on the disk is touched. The control
+runs the same tests with nothing changed: a test that fails there says nothing about a mutant, and nothing is counted.
+Exit status 1: the control failed, no test failed for a guard, or fewer than 90 % were killed.
 """
 
 import argparse

@@ -180,12 +180,6 @@ def test_a_checkpoint_has_the_random_state_of_the_models_device(tmp_path, parts,
     assert seen == [parts[0].device]
 
 
-def test_a_broken_tensor_file_is_named(tmp_path):
-    (tmp_path / "r.safetensors").write_bytes(b"12345678{")
-    with pytest.raises(UserError, match=r"r\.safetensors is damaged: "):
-        checkpoint.open_tensors(tmp_path / "r.safetensors")
-
-
 @pytest.mark.parametrize("place", ["weight", "exp_avg", "exp_avg_sq"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_what_is_not_finite_is_never_saved(tmp_path, parts, place, value):
@@ -260,15 +254,14 @@ EVALUATIONS = [
 
 
 def test_the_best_evaluation_copies_little_and_then_has_the_least_loss():
-    state, best = TrainState(), {}
+    state, best, best_step = TrainState(), {}, 0
     for step, loss, copy_rate, is_best, without_gain in EVALUATIONS:
         state.step, result = step, {"eval/loss": loss, "eval/copy_rate": copy_rate}
-        best = result if is_best else best
+        if is_best:
+            best, best_step = result, step
         assert state.record_evaluation(result, 0.2) == is_best, step
         assert (state.evaluated_step, state.evals_without_gain, state.best_metrics) == (step, without_gain, best)
-        assert state.best_step == (
-            step if is_best else max((s for s, *_, b, _ in EVALUATIONS if b and s < step), default=0)
-        )
+        assert state.best_step == best_step
     assert state.base_metrics == {"eval/loss": 3.0, "eval/copy_rate": 0.0}
 
 
