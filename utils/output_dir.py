@@ -68,7 +68,7 @@ def check_output_dir(path: Path, is_ours: bool, maker: str, overwrite: bool, inp
     if path.exists() and not path.is_dir():
         raise UserError(f"output-dir: {path} is a file, expected a directory")
     full = path.resolve()
-    if full in (Path("/"), Path.home().resolve()) or Path.cwd().resolve().is_relative_to(full):
+    if full == Path.home().resolve() or Path.cwd().resolve().is_relative_to(full):  # / is above every folder
         raise UserError(f"output-dir: refusing to use {path}; give a folder of its own")
     for given in filter(os.path.isdir, inputs):
         folder = Path(given).resolve()
