@@ -454,7 +454,7 @@ def test_tensors_are_written_one_by_one_as_a_safetensors_file(tmp_path):
 
     def one_by_one():
         for number, array in enumerate(arrays.values()):
-            assert number == 0 or path.stat().st_size >= arrays["b/attention"].nbytes  # the first does not wait for the others
+            assert number == 0 or path.stat().st_size >= arrays["b/attention"].nbytes  # before the others are there
             yield array
 
     files.write_tensors(path, rows, one_by_one())
