@@ -1,5 +1,6 @@
 """Machines that cannot be had here: what an Apple GPU lacks is never asked for, and Windows is refused in one line."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -159,6 +160,21 @@ class Waits(TorchDispatchMode):
         if self.in_step and function in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
             self.found.append(str(function))
         return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("given", "turns"), [
+    ({}, "'3000'"), ({"GOMP_SPINCOUNT": "7"}, "'7'"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "'30000000000'")
+])  # fmt: skip
+def test_a_thread_of_libgomp_waits_shortly_unless_told_otherwise(given, turns):
+    asked = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+    environment = {name: value for name, value in os.environ.items() if name not in asked}
+    loaded = "from utils.cli import parse_first; parse_first(lambda: 0); import torch"
+    command = ["-c", loaded] if given else ["finetune_generative.py", "--data-dir", "nowhere"]
+    said = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, check=False,
+                          env=environment | {"OMP_DISPLAY_ENV": "verbose"} | given).stderr  # fmt: skip
+    if "GOMP_SPINCOUNT" not in said:
+        pytest.skip("this PyTorch has another OpenMP library")
+    assert f"GOMP_SPINCOUNT = {turns}\n" in said
 
 
 @pytest.fixture

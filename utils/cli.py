@@ -161,6 +161,10 @@ def parse_first(parse_args: Callable[[], argparse.Namespace]) -> argparse.Namesp
     """
     if os.environ.get("RANK", "0") != "0":
         os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is imported: of several processes, the first shows progress
+    if "OMP_WAIT_POLICY" not in os.environ:
+        # Read when PyTorch loads libgomp: a thread that waits for the others gives up its core a hundred times as soon
+        # as by default. Beside another busy program, the cores are needed; python -m benchmarks.busy measures it.
+        os.environ.setdefault("GOMP_SPINCOUNT", "3000")
     parsed = []
     code = _guard(lambda: parsed.append(parse_args()), quit_at_once)
     if not parsed:
