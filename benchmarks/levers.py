@@ -1,6 +1,8 @@
 """Levers: how much slower the training is when one of its means is taken away, and what did not help."""
 
 import contextlib
+import operator
+import random
 import statistics
 import time
 
@@ -16,7 +18,7 @@ from utils.model.layers import FastDropout, use_fast_layers
 from utils.model.loading import autocast
 from utils.training.setup import keep_freed_memory
 
-TOKENS = 2048
+TOKENS = 4096  # of a step: two micro-batches of 16 blocks
 LABELS = {"nothing": "all means", "all of them": "bf16 alone", "--compile": "all means, and --compile"}
 
 
@@ -35,7 +37,7 @@ def build(quick: bool, without: str):
                 setattr(module, name, replaced[without][1](child))
     if without == "loss with its gradient":
         model.loss_function = ForCausalLMLoss
-    at_once = 8 if none or without == "16 blocks at once (8)" else TOKENS // BLOCK
+    at_once = 8 if none or without == "16 blocks at once (8)" else 16
     if without == "own attention under dropout":
         model.set_attn_implementation("sdpa")
     each = none or without == "weights cast once per step"
@@ -64,14 +66,14 @@ def measure(quick: bool) -> dict:
     values: dict[str, list[float]] = {name: [] for name in calls}
     for call in calls.values():
         call()
-    for _ in range(2 if quick else 3):
-        for name, call in calls.items():
+    for repeat in range(2 if quick else 5):
+        for name in random.Random(repeat).sample([*calls], len(calls)):  # none always follows the same one
             started = time.perf_counter()
-            call()
+            calls[name]()
             values[name].append(TOKENS / (time.perf_counter() - started))
-    middle = {name: statistics.median(several) for name, several in values.items()}
-    whole = middle["all means"]
-    facts = {f"speed, of all means: {name}": round(value / whole, 2) for name, value in middle.items()}
+    shares = {name: statistics.median(map(operator.truediv, speeds, values["all means"]))
+              for name, speeds in values.items()}  # fmt: skip
+    facts = {f"speed, of all means: {name}": round(share, 3) for name, share in shares.items()}
     return {"title": "Levers of the training, GPT-2 124M, block 128, dropout 0.1", "unit": "tokens/s",
             "values": values, "ours": "all means", "targets": [], "facts": facts}  # fmt: skip
 

@@ -59,7 +59,7 @@ ALLOWED = {
         "Question": "0 4 6",
         "Stopping and resuming": "3 6",  # steps, an example
         "Several processes": "0 1 2 3 4 200 1e-6 1e-5",  # process 0; counts and limits of a test; an exit code
-        "Training speed": "124 0.1 128 8 16 32 200",  # sizes and settings of the benchmark
+        "Training speed": "124 0.1 128 5 8 16 32 200 300,000 3,000",  # sizes and settings of the benchmark, of libgomp
         "On a GPU": "124 128 1,024 50,257 50,304 64",  # sizes and settings of the benchmark
     },
     "04_evaluation.md": {
