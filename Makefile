@@ -41,7 +41,7 @@ notes-long: $(READY)
 mistakes: $(READY)
 	$(BIN)/python -m benchmarks.mistakes
 
-# Installs the tools that are compared with, beside the product. About half an hour on 2 cores.
+# Installs the tools that are compared with, beside the product. About an hour on 2 cores.
 bench: $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r benchmarks/requirements.txt
 	$(BIN)/python -m benchmarks.run

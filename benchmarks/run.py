@@ -1,6 +1,6 @@
 """Run all benchmarks one after the other, each in a process of its own; write results.json and README.md here.
 
-python -m benchmarks.run             all of them, about half an hour on two cores
+python -m benchmarks.run             all of them, about an hour on two cores
 python -m benchmarks.run saving      some of them; the others' figures stay as they are
 """
 
