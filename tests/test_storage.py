@@ -450,7 +450,7 @@ def test_hash_of_several_files_does_not_depend_on_names_or_order(tmp_path):
 
 def test_tensors_are_written_one_by_one_as_a_safetensors_file(tmp_path):
     path, rows = tmp_path / "t.safetensors", {"b/attention": [300, 70], "a": [], "c": [5]}
-    arrays = {name: np.random.default_rng(1).random(shape, np.float32) for name, shape in rows.items()}
+    arrays = {name: np.random.default_rng(1).random(shape[::-1], np.float32).T for name, shape in rows.items()}
 
     def one_by_one():
         for number, array in enumerate(arrays.values()):

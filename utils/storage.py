@@ -87,7 +87,7 @@ def write_tensors(path: Path, shapes: dict[str, Sequence[int]], arrays: Iterable
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for array in arrays:
-            file.write(array.data)  # no copy
+            file.write(array.reshape(-1).data)  # a copy only where the array is not contiguous
 
 
 def open_tensors(path: Path) -> safe_open:
