@@ -7,7 +7,6 @@ python -m benchmarks.run saving      some of them; the others' figures stay as t
 import argparse
 import importlib.metadata
 import json
-import operator
 import os
 import platform
 import re
@@ -95,9 +94,8 @@ def render() -> dict[str, str]:
     figures["gpu_generation"] = gpu["generation"]["tokens_per_second"]
     for name, variants in figures.items():
         shown |= {f"{name}.{name_marker(variant)}": describe(value) for variant, value in variants.items()}
-    speeds = results["benchmarks"]["levers"]["values"]
-    for variant, without in speeds.items():  # each repeat has a ratio of its own: other load slows both sides
-        gain = round(statistics.median(map(operator.truediv, speeds["all means"], without)) - 1, 2) + 0  # no -0
+    for variant, share in results["benchmarks"]["levers"]["facts"]["speed, of all means"].items():
+        gain = round(1 / share - 1, 2) + 0  # no -0
         shown[f"levers.{name_marker(variant)}.gain"] = f"{gain:.0%}".replace("%", " %")
     for variant, sizes in gpu["training"].items():
         for block_size, of in sizes.items():

@@ -8,7 +8,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.timing import interleave, main
+from benchmarks.timing import interleave, main, run_alone
 
 SCRIPTS = ["prepare_data.py", "finetune_generative.py", "generate_text.py"]
 
@@ -43,8 +43,7 @@ def measure(quick: bool) -> dict:
     values = interleave(variants, 2 if quick else 7)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        prepare = ["prepare_data.py", "--model-name", "results/base_model", "--output-dir", folder / "blocks"]
-        subprocess.run([sys.executable, *prepare], check=True, capture_output=True)
+        run_alone("prepare_data.py", "--model-name", "results/base_model", "--output-dir", folder / "blocks")
         repeats = range(1 if quick else 4)
         values["first training step"] = [wait_for_step(folder / "blocks", folder / "run") for _ in repeats]
     middle = {name: statistics.median(seconds) for name, seconds in values.items()}

@@ -1,4 +1,4 @@
-"""Machines that cannot be had here: what an Apple GPU lacks is never asked for, and Windows is refused in one line."""
+"""Machines unlike this one: what an Apple GPU lacks is never asked for, Windows is refused, a busy one is shared."""
 
 import os
 import shutil

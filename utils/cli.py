@@ -157,13 +157,13 @@ def parse_first(parse_args: Callable[[], argparse.Namespace]) -> argparse.Namesp
     """Parse the command line of a script that has not yet imported anything heavy.
 
     A mistake or --help ends the program here. From here to run(), while modules are imported, a signal ends it at
-    once: nothing has been opened yet.
+    once: nothing has been opened yet. Sets what libraries read from the environment when they are imported.
     """
     if os.environ.get("RANK", "0") != "0":
-        os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is imported: of several processes, the first shows progress
+        os.environ["TQDM_DISABLE"] = "1"  # of several processes, the first shows progress
     if "OMP_WAIT_POLICY" not in os.environ:
-        # Read when PyTorch loads libgomp: a thread that waits for the others gives up its core a hundred times as soon
-        # as by default. Beside another busy program, the cores are needed; python -m benchmarks.busy measures it.
+        # For libgomp, which PyTorch loads: a thread that waits for the others gives up its core after 3,000 turns, not
+        # 300,000. Beside a busy program, the last thread needs that core; python -m benchmarks.busy measures it.
         os.environ.setdefault("GOMP_SPINCOUNT", "3000")
     parsed = []
     code = _guard(lambda: parsed.append(parse_args()), quit_at_once)

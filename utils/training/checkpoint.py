@@ -246,7 +246,7 @@ def save_optimizer(model, optimizer, path: Path | None) -> None:
     """Write AdamW's two averages and step count of each parameter under the parameter's name."""
     tensors = {f"{key}/{name}": value for name, parameter in model.named_parameters()
                for key, value in optimizer.state.get(parameter, {}).items()}  # fmt: skip
-    gathered = (sharding.gather(value).cpu().contiguous().numpy() for value in tensors.values())
+    gathered = (sharding.gather(value).cpu().numpy() for value in tensors.values())
     if path:
         write_tensors(path, {name: value.shape for name, value in tensors.items()}, gathered)
     for _ in gathered:  # the other processes have their part in it
